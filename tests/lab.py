@@ -230,6 +230,7 @@ def keep(name, *folders):
     """
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
+    others = faas_cgroups()
     boot = subprocess.Popen(['unshare', '--net', '--mount', '--uts', '--ipc', '--pid', '--fork',
                              '--kill-child', 'sh', '-c', BOOT, 'host', name, *folders], text=True,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -242,11 +243,19 @@ def keep(name, *folders):
     sys.stdin.read()
     boot.stdin.close()
     boot.wait()                                     # the kernel kills all others before PID 1 is gone
-    remove_cgroups(f'/proc/self/fd/{run}')
+    remove_cgroups(f'/proc/self/fd/{run}', others)
 
 
-def remove_cgroups(run):
-    """Remove the cgroups that runc's state files below the folder `run` name, and parents named faas*."""
+def faas_cgroups():
+    """The topmost cgroups named faas*, in every hierarchy of a version 1, 2 or mixed tree."""
+    return {*glob.glob('/sys/fs/cgroup/faas*/'), *glob.glob('/sys/fs/cgroup/*/faas*/')}
+
+
+def remove_cgroups(run, others):
+    """Remove the cgroups that runc's state files below the folder `run` name, and what they left empty.
+
+    `others` were there before. What other hosts made since is in use, or empty and their runc makes it again.
+    """
     cgroups = set()
     for state in glob.glob(f'{run}/**/state.json', recursive=True):
         with contextlib.suppress(OSError, ValueError, AttributeError), open(state) as file:
@@ -259,11 +268,9 @@ def remove_cgroups(run):
                 break
             except OSError:
                 time.sleep(0.02)
-        for parent in pathlib.Path(cgroup).parents:
-            if not parent.name.startswith('faas'):
-                break
-            with contextlib.suppress(OSError):
-                parent.rmdir()                      # refused while it holds another's
+    for cgroup in faas_cgroups() - others:
+        with contextlib.suppress(OSError):
+            os.rmdir(cgroup)
 
 
 if __name__ == '__main__':
