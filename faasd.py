@@ -1,0 +1,1331 @@
+#!/usr/bin/env python3
+"""faasd: private functions on one server.
+
+Accepts each function's connections and hands the sockets to containers; see docs/.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import datetime
+import fcntl
+import grp
+import heapq
+import hmac
+import http.server
+import itertools
+import json
+import os
+import pathlib
+import resource
+import secrets
+import select
+import shutil
+import signal
+import socket
+import socketserver
+import sqlite3
+import struct
+import sys
+import termios
+import threading
+import time
+import traceback
+import urllib.parse
+from typing import NamedTuple
+
+import dns_manager
+import registry
+import shell
+import vpn_manager
+from handlers import container, image, pool
+
+STATE = '/var/lib/faasd'
+RUN = '/run/faasd'
+CONTROL_PORT = 8080
+WIREGUARD_PORT = 51820
+ENV_FILE = '/etc/faasd/faasd.env'
+
+PR_SET_CHILD_SUBREAPER = 36
+MOST_JSON = 64 << 10  # bytes of a JSON request body
+TICK_S = 1
+
+
+# Settings
+
+
+def size(text):
+    """Bytes from '300', '64K', '100M' or '2G'."""
+    factor = {'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30}.get(text[-1:].upper(), 1)
+    return int(text[:-1] if factor > 1 else text) * factor
+
+
+def one_of(*choices):
+    def parse(text):
+        if text not in choices:
+            raise ValueError(f'one of {", ".join(choices)} is expected')
+        return text
+
+    return parse
+
+
+SETTINGS = {  # name: (default, parser); docs/API.md has the same table, a test compares them
+    'FAAS_VPN_ENDPOINT': ('', str),
+    'FAAS_WG_INTERFACE': ('wg0', str),
+    'FAAS_WG_PORT': ('51820', int),
+    'FAAS_NFT_TABLE': ('faas', str),
+    'FAAS_ENROLL': ('invite', one_of('invite', 'open')),
+    'FAAS_ENROLL_BIND': ('[::]:51820', str),
+    'FAAS_DNS_FORWARD': ('', str.split),
+    'FAAS_MAX_UPLOAD': ('100M', size),
+    'FAAS_START_TIMEOUT': ('30', float),
+    'FAAS_STOP_TIMEOUT': ('10', float),
+    'FAAS_MEMORY': ('256M', size),
+    'FAAS_PIDS': ('128', int),
+    'FAAS_CPUS': ('1', float),
+    'FAAS_ID_BASE': ('1879048192', int),
+}
+
+
+class StartError(Exception):
+    """faasd cannot start; one line, and `hint` says what to do."""
+
+    def __init__(self, text, hint=None):
+        super().__init__(text)
+        self.hint = hint
+
+
+def read_settings(environ, path=ENV_FILE):
+    """{name without FAAS_, in lower case.
+
+    Value} from the environment, then the file, then the defaults. Raises StartError.
+    """
+    texts = {}
+    with contextlib.suppress(FileNotFoundError), open(path) as file:
+        for line in file:
+            key, equals, value = line.strip().partition('=')
+            if equals and not key.startswith('#'):
+                texts[key.strip()] = value.strip().strip('"\'')
+    settings = {}
+    for name, (default, parse) in SETTINGS.items():
+        text = environ.get(name, texts.get(name, default))
+        try:
+            settings[name.removeprefix('FAAS_').lower()] = parse(text)
+        except ValueError as error:
+            raise StartError(f'{name}={text}: {error}', f'correct it in {path} or in the environment') from error
+    return settings
+
+
+# Events
+
+
+class Event(NamedTuple):
+    time: float
+    area: str
+    text: str
+    name: str | None
+    problem: bool
+
+
+class Events:
+    """What happens, told once: a line on stdout for each event; the last problems are kept for /api/health."""
+
+    def __init__(self):
+        self._problems = collections.deque(maxlen=20)
+
+    def emit(self, area, text, name=None, problem=False):
+        event = Event(time.time(), area, text, name, problem)
+        if problem:
+            self._problems.append(event)
+        with contextlib.suppress(BrokenPipeError):
+            print(f'[{area}] {text}', flush=True)
+
+    def problems(self):
+        return [
+            {'time': timestamp(event.time), 'area': event.area, 'what': event.text} for event in list(self._problems)
+        ]
+
+
+def timestamp(seconds):
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime('%Y-%m-%dT%H:%M:%SZ')
+
+
+def date(seconds):
+    return timestamp(seconds)[:10]
+
+
+# The request path
+
+
+class Loop:
+    """One epoll loop in a thread of its own.
+
+    Descriptors, timers, and calls from other threads. Nothing in it may block.
+    """
+
+    def __init__(self):
+        self._epoll, self._watched = select.epoll(), {}
+        self._calls, self._timers, self._order = collections.deque(), [], itertools.count()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._running = True
+        self.watch(self._wake, lambda: os.eventfd_read(self._wake))
+        self._thread = threading.Thread(target=self._run, name='loop', daemon=True)
+        self._thread.start()
+
+    def call(self, function, *args):
+        """Run it in the loop's thread soon. From any thread."""
+        self._calls.append((function, args))
+        os.eventfd_write(self._wake, 1)
+
+    def later(self, delay_s, function, *args):
+        heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._order), function, args))
+
+    def watch(self, fd, readable):
+        self._watched[fd] = readable
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def unwatch(self, fd):
+        """Also of one that is not watched."""
+        if self._watched.pop(fd, None):
+            self._epoll.unregister(fd)
+
+    def stop(self):
+        self.call(setattr, self, '_running', False)
+        self._thread.join()
+
+    def _run(self):
+        while self._running:
+            wait_s = max(0, self._timers[0][0] - time.monotonic()) if self._timers else -1
+            for fd, _ in self._epoll.poll(wait_s):
+                if fd in self._watched:  # an earlier one of this round may have unwatched it
+                    self._safely(self._watched[fd])
+            while self._timers and self._timers[0][0] <= time.monotonic():
+                _, _, function, args = heapq.heappop(self._timers)
+                self._safely(function, *args)
+            while self._calls:
+                function, args = self._calls.popleft()
+                self._safely(function, *args)
+
+    @staticmethod
+    def _safely(function, *args):
+        try:
+            function(*args)
+        except Exception:  # a fault in one function's affairs is not the others'
+            traceback.print_exc()
+
+
+class FaaSServer:
+    """Accepts on [function address]:80 and hands each connection to the function's pool.
+
+    It reads no byte of a request.
+    """
+
+    ACCEPTS = 64  # of one listener before the others have their turn
+
+    def __init__(self, loop, emit):
+        self._loop, self._emit = loop, emit
+        self._listeners = {}  # ipv6 → Listener
+        self._permitted = True
+
+    def add_listener(self, ipv6, name, its_pool):
+        """Bind and listen; connections wait in the backlog until `its_pool` takes them. Raises OSError."""
+        sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        try:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, vpn_manager.MARK)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it, and the mark
+            sock.bind((ipv6, 80, 0, 0))
+            sock.listen(4096)
+        except BaseException:
+            sock.close()
+            raise
+        listener = Listener(sock, its_pool)
+        self._emit('listener', f'Listening on [{ipv6}]:80 for {name}', name=name)
+        self._loop.call(self._add, ipv6, listener)
+
+    def _add(self, ipv6, listener):
+        self._listeners[ipv6] = listener
+        listener.pool.gate = lambda is_open: self._gate(listener, is_open)
+        self._gate(listener, True)
+
+    def remove_listener(self, ipv6):
+        """Listen no more; blocks until it is so. An address without a listener is left at that."""
+        done = threading.Event()
+        self._loop.call(self._remove, ipv6, done)
+        done.wait()
+
+    def _remove(self, ipv6, done):
+        listener = self._listeners.pop(ipv6, None)
+        if listener:
+            self._gate(listener, False)
+            listener.pool.gate = lambda is_open: None
+            listener.sock.close()
+        done.set()
+
+    def permit(self, permitted):
+        """Hand nothing out while permitted is False: without the nftables table a passed socket opens the host."""
+        self._loop.call(self._permit, permitted)
+
+    def _permit(self, permitted):
+        self._permitted = permitted
+        for listener in self._listeners.values():
+            self._gate(listener, listener.open)
+
+    def _gate(self, listener, is_open):
+        listener.open = is_open
+        if is_open and self._permitted:
+            if not listener.watched:
+                listener.watched = True
+                self._loop.watch(listener.sock.fileno(), lambda: self._accept(listener))
+        elif listener.watched:
+            listener.watched = False
+            self._loop.unwatch(listener.sock.fileno())
+
+    def _accept(self, listener):
+        for _ in range(self.ACCEPTS):
+            if not listener.pool.take():
+                return
+            try:
+                connection, _ = listener.sock.accept()
+            except BlockingIOError:
+                return
+            except ConnectionAbortedError:
+                continue
+            except OSError as error:  # out of descriptors: let some be closed
+                self._emit('listener', f'Cannot accept: {error.strerror}', problem=True)
+                self._gate(listener, False)
+                return self._loop.later(0.1, self._gate, listener, True)
+            listener.pool.dispatch(connection)
+
+
+class Listener:
+    def __init__(self, sock, its_pool):
+        self.sock, self.pool = sock, its_pool
+        self.open = self.watched = False
+
+
+# Who may do what
+
+
+class Caller(NamedTuple):
+    """role: 'local' (unix socket), 'admin', 'peer' (its tunnel address), 'newcomer' (the enroll address), 'stranger'."""
+
+    role: str
+    name: str | None = None
+
+
+def may(caller, verb, name=None):
+    """True if the caller may do that. The only place that decides."""
+    match caller.role:
+        case 'local' | 'admin':
+            return True
+        case 'peer':
+            return verb in ('list', 'ip', 'health') or (verb == 'vpn_remove' and name == caller.name)
+        case 'newcomer':
+            return verb == 'vpn_create'
+    return False
+
+
+class RequestError(Exception):
+    """A request that is refused with an HTTP status, one line and a hint."""
+
+    def __init__(self, status, text, hint=None):
+        super().__init__(text)
+        self.status, self.hint = status, hint
+
+
+def http_status(error):
+    """The HTTP status that says what `error` is."""
+    match error:
+        case RequestError():
+            return error.status
+        case registry.NotFound():
+            return 404
+        case registry.NameTaken() | registry.KeyTaken() | registry.AddressTaken():
+            return 409
+        case registry.BadInvite():
+            return 403
+        case registry.RangeFull() | image.DiskFull():
+            return 507
+        case sqlite3.OperationalError() if 'full' in str(error):
+            return 507
+        case registry.BadName() | vpn_manager.BadKey() | image.ImageError():
+            return 400
+        case pool.StartFailed():
+            return 422
+        case shell.CommandError() | vpn_manager.VPNError() | OSError():
+            return 503
+    return 500
+
+
+# The server as a whole
+
+
+class Faasd:
+    """Deployments, peers and invites.
+
+    Each method is one verb of the control API. The registry is the truth; the rest follows it.
+    """
+
+    def __init__(self, settings, standalone, events):
+        self.settings, self.standalone, self.events = settings, standalone, events
+        self.emit = events.emit
+        self._stack = contextlib.ExitStack()
+        self._stopping = threading.Event()
+        self._functions = {}  # name → (Function, Pool)
+        self._children = {}  # what standalone supervises: name → process
+        self._ailing = {}  # what is wrong now: area → text
+
+    # From start to end
+
+    def start(self):
+        """Bring everything up; whatever fails is undone and raised."""
+        try:
+            self._start()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def stop(self):
+        """Accept no more, let what runs finish within FAAS_STOP_TIMEOUT, take everything down.
+
+        Handing over to a next faasd comes later.
+        """
+        self.emit('faasd', 'Stopping')
+        self._stopping.set()
+        self._stack.close()
+        self.emit('faasd', 'Stopped')
+
+    def _start(self):
+        undo, settings = self._stack.callback, self.settings
+        for folder, mode in ((STATE, 0o700), (RUN, 0o755)):
+            os.makedirs(folder, mode=mode, exist_ok=True)
+        self._claim_state()
+        self.registry = registry.Registry(f'{STATE}/registry.db')
+        undo(self.registry.close)
+        self.registry.abandon_all()
+        self.vpn = vpn_manager.VPNManager(
+            self.emit,
+            registry.GATEWAY,
+            self._endpoint(),
+            settings['wg_interface'],
+            settings['wg_port'],
+            settings['nft_table'],
+        )
+        self.dns = dns_manager.DNSZoneManager(self.registry.next_serial, self.emit, registry.GATEWAY)
+        self.peers = registry.Projection(self._project_peers)
+        self.zone = registry.Projection(lambda: self.dns.project({f.name: f.ipv6 for f in self.registry.functions()}))
+        self.addresses = registry.Projection(lambda: self.vpn.project_addresses(self.registry.function_addresses()))
+        self.vpn.ensure_keys()
+        self.vpn.write_wg0_conf()
+        self._end_leftovers()
+        if self.standalone:
+            self._bring_up()
+        self.vpn.check_interface()
+        undo(self._suppress, self.vpn.project_addresses, [])
+        self.peers.sync()
+
+        limits = container.Limits(settings['memory'], settings['pids'], settings['cpus'])
+        containers = container.Containers(f'faas-{self.registry.instance}', limits, RUN, settings['id_base'])
+        containers.prepare()
+        self.vpn.load_rules()  # before the first listener, until after the last instance
+        undo(self._suppress, self.vpn.remove_rules)
+        undo(containers.close)
+        self._remove_stray_files()
+
+        self.loop = Loop()
+        undo(self.loop.stop)
+        workers = concurrent.futures.ThreadPoolExecutor(max_workers=4, thread_name_prefix='instances')
+        undo(workers.shutdown)
+        self.server = FaaSServer(self.loop, self.emit)
+        self._around = pool.Surroundings(
+            self.loop, containers, container.LogCopier(), workers, self.emit, settings['start_timeout']
+        )
+        undo(self._close_functions)
+        self.addresses.sync()
+        for function in self.registry.functions():
+            self._open(function, self._folder(function, function.revision))
+        self.zone.sync()
+        if self.standalone:
+            self._start_coredns()
+        self._serve_api()
+        self._guard = threading.Thread(target=self._watch, name='guard', daemon=True)
+        self._guard.start()
+        undo(self._guard.join)
+        undo(self._stopping.set)
+        self.emit(
+            'faasd',
+            f'Ready: {len(self._functions)} functions, {len(self.registry.peers())} peers, '
+            f'endpoint {vpn_manager.join_endpoint(*self._endpoint_parts())}',
+        )
+
+    def _claim_state(self):
+        """One faasd for each state directory: the lock lasts as long as the process."""
+        self._lock = os.open(f'{RUN}/faasd.lock', os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        self._stack.callback(os.close, self._lock)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StartError('another faasd runs on this host', 'end it first') from error
+
+    def _endpoint(self):
+        endpoint = self.settings['vpn_endpoint']
+        if not endpoint:
+            endpoint = vpn_manager.default_address() or 'localhost'
+            self.emit(
+                'vpn', f'FAAS_VPN_ENDPOINT is not set: newcomers are told {endpoint}, the address of the default route'
+            )
+        vpn_manager.split_endpoint(endpoint, WIREGUARD_PORT)
+        return endpoint
+
+    def _endpoint_parts(self):
+        return vpn_manager.split_endpoint(self.vpn.endpoint, self.settings['wg_port'])
+
+    def _suppress(self, function, *args):
+        """Call it on the way down: what cannot be taken away, because it is gone already, is told and left."""
+        try:
+            function(*args)
+        except (shell.CommandError, OSError) as error:
+            self.emit('faasd', f'On the way down: {error}')
+
+    # What standalone supervises
+
+    def _end_leftovers(self):
+        """End the children and remove the interface of a run that was killed; the record in RUN names them."""
+        path = f'{RUN}/children.json'
+        try:
+            with open(path) as file:
+                record = json.load(file)
+        except (FileNotFoundError, ValueError):
+            return
+        for name, (pid, started) in record['children'].items():
+            if shell.start_time(pid) == started:
+                self.emit('faasd', f'Ending {name}, left by a run that was killed')
+                os.kill(pid, signal.SIGTERM)
+        if record['interface'] == self.vpn.interface:
+            self.vpn.take_down()
+        shell.remove_file(path)
+
+    def _record_children(self):
+        shell.write_file(
+            f'{RUN}/children.json',
+            json.dumps(
+                {
+                    'interface': self.vpn.interface,
+                    'children': {
+                        name: [process.pid, shell.start_time(process.pid)] for name, process in self._children.items()
+                    },
+                }
+            ),
+        )
+
+    def _bring_up(self):
+        if self.vpn.present():
+            raise StartError(
+                f'there is an interface {self.vpn.interface} already',
+                'run faasd.py without --standalone if it is for faasd, or set FAAS_WG_INTERFACE to another name',
+            )
+        self._stack.callback(shell.remove_file, f'{RUN}/children.json')
+        self._stack.callback(self._take_down)
+        self._make_interface()
+
+    def _make_interface(self):
+        self._record_children()
+        process = self.vpn.bring_up()
+        if process:
+            self._children['wireguard-go'] = process
+        self._record_children()
+        self.emit(
+            'vpn',
+            f'{self.vpn.interface} is up at {registry.GATEWAY}, UDP port {self.vpn.port}'
+            f'{" (wireguard-go)" if process else ""}',
+        )
+
+    def _take_down(self):
+        self._suppress(self.vpn.take_down, self._children.pop('wireguard-go', None))
+
+    def _start_coredns(self):
+        forwarders = self.settings['dns_forward'] or dns_manager.default_forwarders(server=registry.GATEWAY)
+        self.dns.write_corefile(forwarders)
+        self._stack.callback(self._stop_coredns)
+        self._run_coredns()
+        self.emit(
+            'dns',
+            f'CoreDNS answers for faas at {registry.GATEWAY}; other names go to {" ".join(forwarders) or "nobody"}',
+        )
+
+    def _run_coredns(self):
+        self._children['coredns'] = shell.start(['coredns', '-quiet', '-conf', self.dns.corefile])
+        self._record_children()
+
+    def _stop_coredns(self):
+        process = self._children.pop('coredns', None)
+        if process:
+            process.terminate()
+            process.wait(timeout=10)
+
+    # Functions
+
+    def _folder(self, function, revision=None):
+        folder = f'{STATE}/functions/{function.id}'
+        return folder if revision is None else f'{folder}/{revision}'
+
+    def _remove_stray_files(self):
+        """Remove from functions/ what no row names: uploads that were cut off, revisions that were never live."""
+        top = pathlib.Path(STATE, 'functions')
+        top.mkdir(mode=0o700, exist_ok=True)
+        live = {str(function.id): str(function.revision) for function in self.registry.functions()}
+        for folder in top.iterdir():
+            if folder.name not in live:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                for revision in folder.iterdir():
+                    if revision.is_dir() and revision.name != live[folder.name]:
+                        shutil.rmtree(revision, ignore_errors=True)
+
+    def _open(self, function, folder=None):
+        """A pool and a listener for the function.
+
+        Without `folder` it serves nothing until a revision is switched to.
+        """
+        its_pool = pool.Pool(function.name, container.Log(f'{self._folder(function)}/log'), self._around)
+        its_pool.folder, its_pool.revision = folder, function.revision
+        self.server.add_listener(function.ipv6, function.name, its_pool)
+        self._functions[function.name] = function, its_pool
+        return its_pool
+
+    def _shut(self, function, within_s):
+        """Undo _open; what runs may finish within within_s seconds."""
+        self.server.remove_listener(function.ipv6)
+        _, its_pool = self._functions.pop(function.name)
+        return its_pool.close(within_s)
+
+    def _close_functions(self):
+        ends = [self._shut(function, self.settings['stop_timeout']) for function, _ in list(self._functions.values())]
+        concurrent.futures.wait(ends)
+
+    def new(self, name, read, length):
+        """Deploy the tar archive of `length` bytes that read(n) gives as `name`.
+
+        What served before serves until the new one is ready.
+        """
+        registry.check_name(name, registry.RESERVED)
+        if length > self.settings['max_upload']:
+            raise RequestError(
+                413,
+                f'{length} bytes are more than FAAS_MAX_UPLOAD, {self.settings["max_upload"]}',
+                'leave out what the function does not need, or raise the setting',
+            )
+        with contextlib.ExitStack() as undo:
+            staging = undo.enter_context(image.Staging(f'{STATE}/functions'))
+            staging.receive(read, length)
+            steps = undo.enter_context(contextlib.ExitStack())
+            steps.callback(self._suppress, self.addresses.sync)
+            function, revision = self.registry.begin_revision(name)
+            steps.callback(self.registry.abandon_revision, function, revision)
+            folder = self._folder(function, revision)
+            if function.revision is None:
+                steps.callback(shutil.rmtree, self._folder(function), ignore_errors=True)
+            staging.keep(folder)
+            steps.callback(shutil.rmtree, folder, ignore_errors=True)
+            if function.revision is None:
+                self.addresses.sync()
+                its_pool = self._open(function)
+                steps.callback(lambda: self._shut(function, 5).result())
+            else:
+                its_pool = self._functions[name][1]
+            instance = its_pool.start(folder, revision)
+            steps.callback(its_pool.discard, instance)
+            self.registry.commit_revision(function, revision)
+            steps.pop_all()
+        its_pool.switch(instance)
+        self.emit('handler', f'Deployed {name} at {function.ipv6}, revision {revision} ({instance.kind})', name=name)
+        return {
+            'name': name,
+            'ipv6': function.ipv6,
+            'dns': f'{name}.faas',
+            'revision': revision,
+            'warning': self._publish(function),
+        }
+
+    def _publish(self, function):
+        """Project the zone and wait until CoreDNS answers the name; a warning if that is not so."""
+        try:
+            self.zone.sync()
+        except OSError as error:
+            self.emit('dns', f'The zone cannot be written: {error}', problem=True)
+            return 'deployed, not yet in DNS'
+        return None if self.dns.wait_served(function.name, function.ipv6) else 'deployed, not yet in DNS'
+
+    def remove(self, name):
+        function = self.registry.remove_function(name)
+        for projection in (self.zone, self.addresses):
+            self._suppress(projection.sync)
+        self._shut(function, self.settings['stop_timeout']).result()
+        shutil.rmtree(self._folder(function), ignore_errors=True)
+        self.emit('listener', f'Removed {name} from {function.ipv6}', name=name)
+
+    def ip(self, name):
+        return {'ipv6': self.registry.function(name).ipv6}
+
+    def list(self):
+        answer = []
+        for function in self.registry.functions():
+            _, its_pool = self._functions.get(function.name, (None, None))
+            status, reason = its_pool.status() if its_pool else ('deploying', None)
+            answer.append(
+                {
+                    'name': function.name,
+                    'ipv6': function.ipv6,
+                    'dns': f'{function.name}.faas',
+                    'status': status,
+                    'reason': reason,
+                    'revision': function.revision,
+                    'created': date(function.created),
+                }
+            )
+        return answer
+
+    def logs(self, name, lines):
+        return container.Log(f'{self._folder(self.registry.function(name))}/log').last(lines)
+
+    def health(self):
+        problems = [{'area': area, 'what': text} for area, text in self._ailing.items()]
+        listed = self.list()
+        problems += [
+            {'area': 'function', 'what': f'{item["name"]}: {item["reason"]}'}
+            for item in listed
+            if item['status'] == 'crashing'
+        ]
+        try:
+            dns_manager.query(registry.GATEWAY, 'ns.faas')
+        except OSError as error:
+            problems.append({'area': 'dns', 'what': f'CoreDNS does not answer at {registry.GATEWAY}: {error}'})
+        return {
+            'status': 'degraded' if problems else 'ok',
+            'problems': problems,
+            'functions': {'live': len(listed), 'crashing': sum(item['status'] == 'crashing' for item in listed)},
+            'recent': self.events.problems(),
+        }
+
+    # Peers
+
+    def _project_peers(self):
+        """Adopt what a person put into peers/, then make peers/ and wg0 follow the registry."""
+        removed = [name for name, _ in self.registry.removed_peers()]
+        known = {peer.name for peer in self.registry.peers()}
+        for name, text in self.vpn.peer_files().items():
+            if name not in known and name not in removed:
+                try:
+                    key, preshared, ipv6 = vpn_manager.parse_peer(text)
+                    self.registry.add_peer(name, key, ipv6=ipv6, preshared_key=preshared)
+                    self.emit('vpn', f'Adopted peer: {name} → {ipv6}', name=name)
+                except (vpn_manager.VPNError, registry.RegistryError) as error:
+                    self.vpn.complain(name, str(error))
+        self.vpn.project(self.registry.peers(), removed)
+        for name in removed:
+            self.registry.end_peer_removal(name)
+            self.emit('vpn', f'Removed peer: {name}', name=name)
+
+    def _welcome(self, peer):
+        """The new peer's answer. Should wg0 be away, the peer is kept all the same and follows when it returns."""
+        try:
+            self.peers.sync()
+        except (shell.CommandError, OSError) as error:
+            self.emit(
+                'vpn',
+                f'{peer.name} is registered and not yet on {self.vpn.interface}: {error}',
+                name=peer.name,
+                problem=True,
+            )
+        return self.vpn.create_client_config(peer.ipv6)
+
+    def vpn_create(self, name, public_key, role='peer'):
+        """A peer by somebody who may; (the document's three fields, the peer's name)."""
+        peer = self.registry.add_peer(name, vpn_manager.check_key(public_key), role)
+        self.emit('vpn', f'Created peer: {name} → {peer.ipv6}', name=name)
+        return self._welcome(peer), peer.name
+
+    def redeem(self, invite_id, nonce, proof, body):
+        """A peer by an invite: `proof` is the request's HMAC.
+
+        (the document's three fields as bytes, peer's name, the answer's HMAC).
+        """
+        invite = self.registry.invite(invite_id)
+        # An unknown invite costs as much time as a known one with a wrong proof.
+        checked = (invite or registry.Invite('', secrets.token_bytes(32), None, '', 0)).proof(
+            'faas1 request', invite_id, nonce, body
+        )
+        if not hmac.compare_digest(checked.encode(), proof.encode()) or not invite:
+            raise registry.BadInvite
+        fields = peer_fields(body)
+        peer = self.registry.redeem(invite.id, fields['name'], vpn_manager.check_key(fields['public_key']))
+        self.emit('vpn', f'Created peer: {peer.name} → {peer.ipv6} (invite {invite.id})', name=peer.name)
+        answer = json.dumps(self._welcome(peer)).encode()
+        return answer, peer.name, invite.proof('faas1 answer', invite_id, nonce, peer.name, answer)
+
+    def vpn_remove(self, name, before_it_counts=lambda: None):
+        """Lock a peer out. `before_it_counts` runs when the removal is certain and the tunnel still works."""
+        self.registry.begin_peer_removal(name)
+        before_it_counts()
+        self.peers.sync()
+
+    def vpn_list(self):
+        handshakes = self.vpn.handshakes()
+        return [
+            {
+                'name': peer.name,
+                'ipv6': peer.ipv6,
+                'created': date(peer.created),
+                'status': 'active'
+                if (handshakes.get(peer.public_key) or vpn_manager.HANDSHAKE_FRESH_S) < vpn_manager.HANDSHAKE_FRESH_S
+                else 'inactive',
+            }
+            for peer in self.registry.peers()
+        ]
+
+    def vpn_invite(self, name, lifetime_s, admin):
+        host, _ = self._endpoint_parts()
+        _, port = vpn_manager.split_endpoint(self.settings['enroll_bind'], WIREGUARD_PORT)
+        self._open_enroll()  # before there is an invite that nobody could redeem
+        invite = self.registry.add_invite(name, 'admin' if admin else 'peer', lifetime_s)
+        self.emit('vpn', f'Invited {name or "a peer"} ({invite.id}){" as admin" if admin else ""}')
+        return {
+            'token': invite.token(
+                vpn_manager.join_endpoint(host, port), self.vpn.endpoint, self.vpn.get_server_public_key()
+            ),
+            'name': name,
+            'expires': timestamp(invite.expires),
+        }
+
+    # The control API's listeners
+
+    def _serve_api(self):
+        path = f'{RUN}/faasd.sock'
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o777)  # nobody gets in before the mode is what it must be
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(before)
+        with contextlib.suppress(KeyError):
+            os.chown(path, 0, grp.getgrnam('faas').gr_gid)
+        os.chmod(path, 0o660)
+        self._stack.callback(shell.remove_file, path)
+        self._serve(sock, lambda address: Caller('local'), threads=16, timeout_s=60)
+        self._serve(bound(registry.GATEWAY, CONTROL_PORT), self._peer_at, threads=16, timeout_s=30)
+        self._enroll, self._enroll_lock = None, threading.Lock()
+        self._stack.callback(self._close_enroll)
+        if self.settings['enroll'] == 'open':
+            self.emit(
+                'vpn',
+                f'FAAS_ENROLL=open: whoever reaches {self.settings["enroll_bind"]} becomes a peer without an invite',
+                problem=True,
+            )
+        self._adjust_enroll()
+
+    def _serve(self, sock, caller, threads, timeout_s):
+        server = ControlServer(sock, self, caller, threads, timeout_s)
+        self._stack.callback(server.close)
+        return server
+
+    def _peer_at(self, address):
+        peer = self.registry.peer_at(address[0])
+        return Caller(peer.role, peer.name) if peer else Caller('stranger')
+
+    def _open_enroll(self):
+        with self._enroll_lock:
+            if self._enroll is None:
+                host, port = vpn_manager.split_endpoint(self.settings['enroll_bind'], WIREGUARD_PORT)
+                try:
+                    sock = bound(host, port)
+                except OSError as error:
+                    raise RequestError(
+                        503,
+                        f'nobody could redeem it: tcp {self.settings["enroll_bind"]}: {error.strerror}',
+                        'end what listens there, or set FAAS_ENROLL_BIND to another address',
+                    ) from error
+                self._enroll = ControlServer(
+                    sock, self, lambda address: Caller('newcomer'), threads=4, timeout_s=5, deadline_s=10
+                )
+                self.emit('vpn', f'Invites can be redeemed at tcp {self.settings["enroll_bind"]}')
+
+    def _close_enroll(self):
+        with self._enroll_lock:
+            if self._enroll is not None:
+                self._enroll.close()
+                self._enroll = None
+                self.emit('vpn', f'Closed tcp {self.settings["enroll_bind"]}: no invite is open')
+
+    def _adjust_enroll(self):
+        """Listen there while an invite is outstanding, and no longer."""
+        if self.settings['enroll'] == 'open' or self.registry.invites_open_for_s():
+            try:
+                self._open_enroll()
+            except RequestError as error:
+                self._ails('enroll', str(error))
+            else:
+                self._ails('enroll', None)
+        elif self._enroll is not None:
+            self._close_enroll()
+
+    # Keeping it so
+
+    def _ails(self, area, text):
+        """Note what is wrong with an area, or None that it is well again; each change is told once."""
+        if text != self._ailing.get(area):
+            if text:
+                self.emit(area, text, problem=True)
+                self._ailing[area] = text
+            else:
+                del self._ailing[area]
+                self.emit(area, 'is well again')
+
+    def _watch(self):
+        """Look after wg0, the table, the children and the enroll address, at once when the kernel tells of a change."""
+        with (
+            netlink(socket.NETLINK_ROUTE, RTNLGRP_LINK, RTNLGRP_IPV6_IFADDR) as links,
+            netlink(NETLINK_NETFILTER, NFNLGRP_NFTABLES) as rules,
+        ):
+            for ticks in itertools.count():
+                changed = select.select([links, rules], [], [], TICK_S)[0]
+                if self._stopping.is_set():
+                    return
+                for each in changed:
+                    with contextlib.suppress(OSError):
+                        while each.recv(65536, socket.MSG_DONTWAIT):
+                            pass
+                try:
+                    if rules in changed or ticks % 5 == 0:
+                        self._look_after_rules()
+                    self._look_after_interface(links in changed or ticks % 5 == 0)
+                    self._look_after_children()
+                    self._adjust_enroll()
+                    for projection in (self.peers, self.zone, self.addresses):
+                        if projection.stale:
+                            projection.sync()
+                except (shell.CommandError, OSError, vpn_manager.VPNError, sqlite3.Error) as error:
+                    self._ails('guard', str(error))
+                except Exception:
+                    traceback.print_exc()
+                else:
+                    self._ails('guard', None)
+
+    def _look_after_rules(self):
+        if self.vpn.rules_loaded():
+            return
+        self.server.permit(False)
+        self._ails(
+            'rules', f'the nftables table inet {self.vpn.table} was taken away: nothing is handed out without it'
+        )
+        self.vpn.load_rules()
+        self.server.permit(True)
+        self._ails('rules', None)
+
+    def _look_after_interface(self, closely):
+        interface = self.vpn.interface
+        if not self.vpn.present():
+            self._ails(interface, f'{interface} is gone: no function can be reached until it is back')
+            if self.standalone:
+                process = self._children.pop('wireguard-go', None)
+                if process:
+                    process.kill()
+                    process.wait()
+                self._make_interface()
+        if closely and self.vpn.present():
+            self.vpn.check_interface()
+            self.addresses.sync()
+            if interface in self._ailing:
+                self.peers.sync()
+                self._ails(interface, None)
+
+    def _look_after_children(self):
+        process = self._children.get('coredns')
+        if process and process.poll() is not None:
+            self._ails('dns', f'CoreDNS ended with exit code {process.returncode}')
+            self._run_coredns()
+        elif process:
+            self._ails('dns', None)
+
+
+RTNLGRP_LINK, RTNLGRP_IPV6_IFADDR = 1, 9  # linux/rtnetlink.h
+NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7  # linux/netlink.h, linux/netfilter/nfnetlink.h
+
+
+def netlink(family, *groups):
+    """A netlink socket that hears of changes in the groups."""
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, family)
+    sock.bind((0, sum(1 << group - 1 for group in groups)))
+    return sock
+
+
+def bound(host, port):
+    """A TCP socket bound to (host, port); :: takes IPv4 as well."""
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != '::')
+        sock.bind((host, port))
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+# The control API
+
+
+class ControlServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """Serves the API on a bound socket (consumed), at most `threads` connections at a time; more wait in the backlog.
+
+    `caller(address)` says who asks. A connection that sends nothing for timeout_s is closed, any one after deadline_s,
+    if given.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, sock, faasd, caller, threads, timeout_s, deadline_s=None):
+        super().__init__(None, ControlAPI, bind_and_activate=False)
+        self.socket.close()
+        self.socket, self.faasd, self.caller = sock, faasd, caller
+        self.timeout_s, self.deadline_s = timeout_s, deadline_s
+        self._free = threading.BoundedSemaphore(threads)
+        sock.listen(128)
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True)
+        self._thread.start()
+
+    def process_request(self, request, client_address):
+        self._free.acquire()
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request, client_address):
+        deadline = self.deadline_s and threading.Timer(self.deadline_s, self._cut, (request,))
+        if deadline:
+            deadline.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            if deadline:
+                deadline.cancel()
+            self._free.release()
+
+    @staticmethod
+    def _cut(request):
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exception() if hasattr(sys, 'exception') else sys.exc_info()[1], OSError):
+            traceback.print_exc()
+
+    def close(self):
+        self.shutdown()
+        self.server_close()
+
+
+def peer_fields(body):
+    """The document's two fields of a new peer. Raises RequestError."""
+    fields = json_object(body)
+    for key in ('name', 'public_key'):
+        if not isinstance(fields.get(key), str):
+            raise RequestError(
+                400, f"the field '{key}' is missing or no text", 'send {"name": "laptop", "public_key": "…"}'
+            )
+    return fields
+
+
+def json_object(body):
+    try:
+        fields = json.loads(body)
+    except ValueError as error:
+        raise RequestError(400, 'the body is not JSON') from error
+    if not isinstance(fields, dict):
+        raise RequestError(400, 'the body is no JSON object')
+    return fields
+
+
+class ControlAPI(http.server.BaseHTTPRequestHandler):
+    """Parse, ask may(), call, answer."""
+
+    protocol_version = 'HTTP/1.1'
+    server_version, sys_version = 'faasd', ''
+
+    ROUTES = {  # (method, path; * stands for a name): verb
+        ('POST', '/api/new'): 'new',
+        ('GET', '/api/list'): 'list',
+        ('GET', '/api/health'): 'health',
+        ('GET', '/api/ip/*'): 'ip',
+        ('GET', '/api/logs/*'): 'logs',
+        ('DELETE', '/api/remove/*'): 'remove',
+        ('POST', '/api/vpn/create'): 'vpn_create',
+        ('POST', '/api/vpn/invite'): 'vpn_invite',
+        ('GET', '/api/vpn/list'): 'vpn_list',
+        ('DELETE', '/api/vpn/remove/*'): 'vpn_remove',
+    }
+
+    def setup(self):
+        self.timeout = self.server.timeout_s
+        super().setup()
+
+    def address_string(self):
+        return self.client_address[0] if self.client_address else 'local'
+
+    def log_message(self, form, *args):
+        pass  # what happens is an event; a request as such is none
+
+    def do_GET(self):
+        self._unread = 0
+        try:
+            self._answer_request()
+        except OSError as error:
+            if isinstance(error, (ConnectionError, TimeoutError)):
+                self.close_connection = True  # the client's end is gone
+            else:
+                self._refuse(error)
+        except Exception as error:
+            self._refuse(error)
+        self._drain()
+
+    do_POST = do_DELETE = do_PUT = do_PATCH = do_HEAD = do_OPTIONS = do_GET
+
+    def _answer_request(self):
+        url = urllib.parse.urlsplit(self.path)
+        self._query = dict(urllib.parse.parse_qsl(url.query))
+        path, name = url.path, None
+        if not any(path == route for _, route in self.ROUTES):
+            path, _, name = path.rpartition('/')
+            path, name = f'{path}/*', urllib.parse.unquote(name)
+        self._body_length()
+        methods = [method for method, route in self.ROUTES if route == path]
+        caller = self.server.caller(self.client_address)
+        if caller.role == 'newcomer' and (self.command, path) != ('POST', '/api/vpn/create'):
+            raise RequestError(404, 'only invites are redeemed here')
+        if not methods:
+            raise RequestError(404, f'there is no {url.path[:200]}', 'docs/API.md lists what there is')
+        if self.command not in methods:
+            raise RequestError(405, f'{self.command} is not for {url.path[:200]}', f'use {" or ".join(methods)}')
+        verb = self.ROUTES[self.command, path]
+        if not may(caller, verb, name):
+            hint = {
+                'stranger': "on the server use its socket: 'sudo faas …'",
+                'peer': 'ask for an admin invite: sudo faas vpn invite --admin',
+            }
+            raise RequestError(403, f'{caller.name or "this address"} may not do that', hint.get(caller.role))
+        getattr(self, f'_{verb}')(caller, name)
+
+    def _body_length(self):
+        """Note how long the body is. Raises RequestError when that is not said as it must be."""
+        if self.headers.get('Transfer-Encoding'):
+            self.close_connection = True
+            raise RequestError(411, 'a chunked body is not taken', 'send Content-Length')
+        text = self.headers.get('Content-Length')
+        if text is None and self.command == 'POST':
+            raise RequestError(411, 'Content-Length is missing')
+        if text is not None and not (text.isascii() and text.isdigit()):
+            self.close_connection = True
+            raise RequestError(400, 'Content-Length is no number')
+        self._unread = int(text or 0)
+
+    def _read(self, most):
+        data = self.rfile.read1(min(most, self._unread))
+        self._unread -= len(data)
+        return data
+
+    def _body(self):
+        if self._unread > MOST_JSON:
+            raise RequestError(413, f'the body is longer than {MOST_JSON} bytes')
+        body = b''
+        while self._unread:
+            chunk = self._read(MOST_JSON)
+            if not chunk:
+                self._cut_off()
+            body += chunk
+        return body
+
+    def _cut_off(self):
+        self._unread, self.close_connection = 0, True
+        raise RequestError(400, 'the body ended before its Content-Length', 'try again')
+
+    def _drain(self):
+        """Read what was not wanted, within reason.
+
+        Closing on unread bytes would reset the connection under our answer.
+        """
+        if self._unread:
+            self.close_connection = True
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_WR)
+                self.connection.settimeout(1)
+                for _ in range(64):
+                    if not self._unread or not self._read(1 << 18):
+                        break
+
+    def _refuse(self, error):
+        status = http_status(error)
+        if status == 500:
+            traceback.print_exception(error)
+        text = str(error) if status != 500 else 'this is a fault of faasd; its log has more'
+        answer = {'error': text.splitlines()[0] if text else type(error).__name__, 'hint': getattr(error, 'hint', None)}
+        if isinstance(error, pool.StartFailed):
+            answer |= {
+                'error': f'the function does not start: {answer["error"]}',
+                'log': error.log,
+                'hint': 'what served before still does; correct the code and deploy again',
+            }
+        with contextlib.suppress(OSError):
+            self._answer(json.dumps(answer).encode(), status)
+
+    def _answer(self, body, status=200, content_type='application/json', headers=()):
+        self.send_response(status)
+        self.send_header('Content-Type', content_type)
+        self.send_header('Content-Length', str(len(body)))
+        if self._unread:
+            self.send_header('Connection', 'close')
+        for key, value in headers:
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != 'HEAD':
+            self.wfile.write(body)
+
+    def _json(self, value):
+        self._answer(json.dumps(value).encode())
+
+    # One method for each verb
+
+    def _new(self, caller, _):
+        name = self._query.get('name', '')
+        try:
+            answer = self.server.faasd.new(name, self._read, self._unread)
+        except EOFError:
+            self._cut_off()
+        self._json(answer)
+
+    def _list(self, caller, _):
+        self._json(self.server.faasd.list())
+
+    def _health(self, caller, _):
+        self._json(self.server.faasd.health())
+
+    def _ip(self, caller, name):
+        self._json(self.server.faasd.ip(name))
+
+    def _logs(self, caller, name):
+        lines = self._query.get('lines', '100')
+        if not lines.isascii() or not lines.isdigit() or len(lines) > 6:
+            raise RequestError(400, "'lines' is no number")
+        self._answer(self.server.faasd.logs(name, int(lines)), content_type='text/plain; charset=utf-8')
+
+    def _remove(self, caller, name):
+        self.server.faasd.remove(name)
+        self._answer(b'')
+
+    def _vpn_create(self, caller, _):
+        body = self._body()
+        invite_id = self.headers.get('Faas-Invite')
+        if caller.role == 'newcomer' and (invite_id or self.server.faasd.settings['enroll'] != 'open'):
+            answer, peer, proof = self.server.faasd.redeem(
+                invite_id or '', self.headers.get('Faas-Nonce', ''), self.headers.get('Faas-Proof', ''), body
+            )
+            return self._answer(answer, headers=(('Faas-Peer', peer), ('Faas-Proof', proof)))
+        fields = peer_fields(body)
+        answer, peer = self.server.faasd.vpn_create(fields['name'], fields['public_key'])
+        self._answer(json.dumps(answer).encode(), headers=(('Faas-Peer', peer),))
+
+    def _vpn_remove(self, caller, name):
+        if caller.name == name:  # its tunnel ends with it: first the answer, then the removal
+            self.server.faasd.vpn_remove(name, before_it_counts=self._answer_and_wait)
+        else:
+            self.server.faasd.vpn_remove(name)
+            self._answer(b'')
+
+    def _answer_and_wait(self):
+        self._answer(b'')
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline and struct.unpack(
+            'i', fcntl.ioctl(self.connection, termios.TIOCOUTQ, b'\0' * 4)
+        ) != (0,):
+            time.sleep(0.01)  # until the client has acknowledged every byte
+        self.close_connection = True
+
+    def _vpn_list(self, caller, _):
+        self._json(self.server.faasd.vpn_list())
+
+    def _vpn_invite(self, caller, _):
+        fields = json_object(self._body())
+        name, expires, admin = fields.get('name'), fields.get('expires', 3600), fields.get('admin', False)
+        if type(expires) is not int or not 60 <= expires <= 30 * 86400:
+            raise RequestError(400, "'expires' is no number of seconds from 60 to 2592000")
+        if type(admin) is not bool or not isinstance(name, (str, type(None))):
+            raise RequestError(400, "'name' is a text or null, 'admin' true or false")
+        self._json(self.server.faasd.vpn_invite(name, expires, admin))
+
+
+# The program
+
+
+def notify(state):
+    """Tell systemd (sd_notify(3)), if it asked to be told."""
+    address = os.environ.get('NOTIFY_SOCKET')
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.sendto(state.encode(), '\0' + address[1:] if address.startswith('@') else address)
+
+
+def prepare_process():
+    """What the process needs of the kernel: orphans of runc as its children, and many descriptors."""
+    import ctypes
+
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise StartError('prctl(PR_SET_CHILD_SUBREAPER) failed')
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def main():
+    parser = argparse.ArgumentParser(prog='faasd.py', description='private functions on a server of your own')
+    parser.add_argument(
+        '--standalone', action='store_true', help='make keys, bring up wg0 and CoreDNS, take them down on exit'
+    )
+    arguments = parser.parse_args()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        if os.geteuid() != 0:
+            raise StartError('faasd needs root', 'sudo python3 faasd.py')
+        needed = ('ip', 'wg', 'nft', 'runc') + (('coredns',) if arguments.standalone else ())
+        missing = [program for program in needed if not shell.installed(program)]
+        if missing:
+            raise StartError(f'not installed: {", ".join(missing)}', "'make deps' installs what is missing")
+        prepare_process()
+        faasd = Faasd(read_settings(os.environ), arguments.standalone, Events())
+        faasd.start()
+    except (
+        StartError,
+        vpn_manager.VPNError,
+        registry.RegistryError,
+        shell.CommandError,
+        RequestError,
+        OSError,
+        sqlite3.Error,
+    ) as error:
+        hint = getattr(error, 'hint', None)
+        print(f'faasd: {error}{f" ({hint})" if hint else ""}', file=sys.stderr)
+        return 1
+    notify('READY=1')
+    stop.wait()
+    notify('STOPPING=1')
+    faasd.stop()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

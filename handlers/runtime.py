@@ -1,0 +1,487 @@
+"""Runs inside the container: loads /function/handler.py and serves what faasd passes, several connections at once.
+
+What handler.py offers decides how it is called, the first that fits:
+  1. it speaks to /control.sock itself: it runs as __main__, a process for each connection, and fetches it there
+  2. a class derived from http.server.BaseHTTPRequestHandler
+  3. a WSGI callable `app` (PEP 3333)
+  4. a function `handle(connection, address)`
+
+Threads wait on one epoll together and the one that wakes serves: no thread starts for a connection, none is passed
+between threads, and an idle kept-alive connection holds no thread.
+"""
+
+import ast
+import contextlib
+import importlib.util
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import traceback
+import types
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import protocol
+
+del sys.path[0], sys.modules['protocol']  # the function may have a module of that name
+
+FUNCTION = '/function'
+CONTROL = '/control.sock'
+MOST_THREADS = 32
+MOST_PROCESSES = 32
+KINDS = (
+    'handler.py offers nothing to call: it needs a class derived from BaseHTTPRequestHandler, a WSGI callable `app`, '
+    'a function `handle(connection, address)`, or to connect to /control.sock itself'
+)
+
+
+class Unusable(Exception):
+    """The function cannot be served; the text is one line for the person who deploys it."""
+
+
+def close(connection):
+    """End a connection so that the last bytes arrive: a close() with unread input would reset it."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_WR)
+        connection.setblocking(False)
+        for _ in range(16):
+            if not connection.recv(65536):
+                break
+    connection.close()
+
+
+def report():
+    """Print the exception at hand as the function's own: without the runtime's frames."""
+    kind, error, frames = sys.exc_info()
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith((__file__, '<frozen importlib')):
+        frames = frames.tb_next
+    traceback.print_exception(kind, error, frames)
+
+
+class Whole:
+    """A connection that is served from its first to its last byte in one go; `serve(connection, address)` does it."""
+
+    def __init__(self, connection, address, serve):
+        self.connection, self.address, self._serve = connection, address, serve
+
+    def step(self):
+        self._serve(self.connection, self.address)
+        return False
+
+
+class Driven:
+    """A connection of a BaseHTTPRequestHandler class, served a request at a time.
+
+    Between two it may wait without a thread.
+    """
+
+    def __init__(self, connection, address, make):
+        self.connection, self.address, self._make = connection, address, make
+        self._handler = None
+
+    def step(self):
+        """Serve what has arrived. True: the client may ask again. False: this was all."""
+        if self._handler is None:
+            self._handler = self._make(self.connection, self.address, SERVER)
+        handler = self._handler
+        while True:
+            handler.close_connection, handler.answered = True, False
+            try:
+                handler.handle_one_request()
+            except (ConnectionError, TimeoutError):
+                raise
+            except Exception:
+                report()
+                if not handler.answered:
+                    handler.send_error(500, explain='the function raised an exception; its log has it')
+                handler.close_connection = True
+            if handler.close_connection:
+                handler.end()
+                return False
+            self.connection.setblocking(False)  # a pipelined request may be in the buffer already
+            waiting = handler.rfile.peek(1)
+            self.connection.settimeout(handler.timeout)
+            if not waiting:
+                return True
+
+
+SERVER = types.SimpleNamespace(server_name='localhost', server_port=80, server_address=('::', 80, 0, 0))
+
+
+def drive(handler_class, runtime):
+    """A maker of connections for a handler class, which keeps its own setup(), do_GET() and so on."""
+    from http.server import BaseHTTPRequestHandler
+
+    if handler_class.handle is not BaseHTTPRequestHandler.handle:
+        return lambda connection, address: Whole(connection, address, lambda *both: handler_class(*both, SERVER))
+
+    class Requests(handler_class):
+        def handle(self):  # called by __init__; Driven does the work
+            pass
+
+        def finish(self):
+            pass
+
+        def end(self):
+            super().finish()
+
+        def send_response_only(self, code, message=None):
+            self.answered = code >= 200
+            super().send_response_only(code, message)
+
+        def end_headers(self):
+            if runtime.stopping and not self.close_connection:
+                self.send_header('Connection', 'close')
+            super().end_headers()
+
+    Requests.__name__, Requests.__qualname__ = handler_class.__name__, handler_class.__qualname__
+    return lambda connection, address: Driven(connection, address, Requests)
+
+
+def wsgi(app):
+    """A maker of connections for a WSGI application, by the standard library's wsgiref.
+
+    One request for each connection.
+    """
+    from wsgiref.simple_server import ServerHandler, WSGIRequestHandler
+
+    server = types.SimpleNamespace(
+        **vars(SERVER),
+        base_environ={
+            'SERVER_NAME': 'localhost',
+            'SERVER_PORT': '80',
+            'GATEWAY_INTERFACE': 'CGI/1.1',
+            'REMOTE_HOST': '',
+            'CONTENT_LENGTH': '',
+            'SCRIPT_NAME': '',
+        },
+    )
+
+    class Request(WSGIRequestHandler):
+        def handle(self):
+            self.raw_requestline = self.rfile.readline(65537)
+            if not self.raw_requestline:
+                return
+            if not self.parse_request():
+                return
+            handler = ServerHandler(self.rfile, self.wfile, sys.stderr, self.get_environ(), multithread=True)
+            handler.request_handler = self  # for its log line
+            handler.run(app)
+
+        def address_string(self):
+            return self.client_address[0]
+
+    return lambda connection, address: Whole(connection, address, lambda *both: Request(*both, server))
+
+
+class Runtime:
+    """Serves connections from the channel with standing threads.
+
+    `connect(connection, address)` makes what steps through one.
+    """
+
+    def __init__(self, channel):
+        self.channel = channel
+        self.stopping = False
+        self._lock = threading.Lock()
+        self._epoll = select.epoll()
+        self._open = {}  # number → connection, being served or parked
+        self._parked = {}  # fd → number
+        self._threads = self._waiting = 0
+        self._over = threading.Event()
+
+    def run(self, connect):
+        """Serve until told to stop and all is served."""
+        self._connect = connect
+        self._epoll.register(self.channel, select.EPOLLIN | select.EPOLLONESHOT)
+        self._start_thread()
+        self._over.wait()
+
+    def _start_thread(self):
+        self._threads += 1
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self):
+        while True:
+            with self._lock:
+                self._waiting += 1
+            try:
+                ((fd, _),) = self._epoll.poll(maxevents=1)
+            finally:
+                with self._lock:
+                    self._waiting -= 1
+                    if not self._waiting and self._threads < MOST_THREADS:
+                        self._start_thread()
+            if fd == self.channel.fileno():
+                self._receive()
+            else:
+                with self._lock:
+                    number = self._parked.pop(fd, None)
+                if number is not None:
+                    self._step(number, fd)
+
+    def _receive(self):
+        message, fd = protocol.receive(self.channel)
+        kind = message[:1]
+        if kind == protocol.CONNECTION and fd is not None:
+            connection = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=fd)
+            number = protocol.number_of(message)
+            self._listen_on()
+            with contextlib.suppress(OSError):  # the client may be gone
+                address = connection.getpeername()
+                self._open[number] = self._connect(connection, address)
+                return self._step(number, None) if arrived(connection) else self._park(number, new=True)
+            connection.close()
+            protocol.send_number(self.channel, protocol.DONE, number)
+        elif kind in (protocol.STOP, b''):
+            self.stop(protocol.number_of(message) if message else 0)
+        else:
+            self._listen_on()
+
+    def _listen_on(self):
+        self._epoll.modify(self.channel, select.EPOLLIN | select.EPOLLONESHOT)
+
+    def stop(self, idle_s):
+        """Take no more; serve what is open; close what is still idle after idle_s seconds."""
+        self.stopping = True
+        threading.Timer(idle_s, self._close_idle).start()
+        self._exit_when_done()
+
+    def _close_idle(self):
+        with self._lock:
+            idle = list(self._parked.values())
+            self._parked.clear()
+        for number in idle:
+            self._done(number)
+
+    def _park(self, number, new=False):
+        connection = self._open[number].connection
+        with self._lock:
+            self._parked[connection.fileno()] = number
+        events = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
+        (self._epoll.register if new else self._epoll.modify)(connection, events)
+
+    def _step(self, number, fd):
+        try:
+            if self._open[number].step():
+                return self._park(number, new=fd is None)
+        except (ConnectionError, TimeoutError):  # the client went away, or was too slow for the function's own time-out
+            pass
+        except BaseException:
+            report()
+        self._done(number)
+
+    def _done(self, number):
+        close(self._open.pop(number).connection)
+        with contextlib.suppress(OSError):
+            protocol.send_number(self.channel, protocol.DONE, number)
+        self._exit_when_done()
+
+    def _exit_when_done(self):
+        if self.stopping and not self._open:
+            self._over.set()
+
+
+def arrived(connection):
+    """True if a read would not block: the request is here, or the client is gone."""
+    try:
+        connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class Processes:
+    """Serves a handler.py that fetches its connection from /control.sock: a process of its own for each connection."""
+
+    def __init__(self, channel):
+        self.channel = channel
+        self._children = {}  # pid → numbers of the connections that are this process's
+        self._fds = {}  # number → descriptor not yet fetched
+        self._queue = []  # numbers for which no process runs yet
+        self._stopping = False
+        self._control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._control.bind(os.path.realpath(CONTROL))
+        self._control.listen(128)
+        self._wake, wakes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        os.set_blocking(wakes, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wakes)
+
+    def run(self):
+        """Serve until told to stop; returns True in a child, which is to run the function, False at the end."""
+        poll = select.poll()
+        for fd in (self.channel, self._control, self._wake):
+            poll.register(fd, select.POLLIN)
+        while not (self._stopping and not self._children and not self._queue):
+            while self._queue and len(self._children) < MOST_PROCESSES:
+                number = self._queue.pop(0)
+                pid = os.fork()
+                if pid == 0:
+                    self._leave()
+                    return True
+                self._children[pid] = [number]
+            for fd, _ in poll.poll():
+                if fd == self.channel.fileno():
+                    self._receive(poll)
+                elif fd == self._control.fileno():
+                    self._hand_out()
+                else:
+                    self._reap()
+        return False
+
+    def _leave(self):
+        """In the child: let go of everything that is the parent's."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for fd in (self.channel.detach(), self._control.detach(), self._wake, *self._fds.values()):
+            os.close(fd)
+
+    def _receive(self, poll):
+        message, fd = protocol.receive(self.channel)
+        if fd is not None:
+            number = protocol.number_of(message)
+            self._fds[number] = fd
+            self._queue.append(number)
+        elif message[:1] in (protocol.STOP, b''):
+            self._stopping = True
+            poll.unregister(self.channel)
+
+    def _hand_out(self):
+        """A process asks: it gets the connection that it was started for, or the oldest that nobody fetched."""
+        asking, _ = self._control.accept()
+        with asking:
+            (pid,) = struct.unpack_from('i', asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            mine = [number for number in self._children.get(pid, ()) if number in self._fds]
+            number = (mine or list(self._fds) or [None])[0]
+            if number is not None:
+                fd = self._fds.pop(number)
+                with contextlib.suppress(OSError):
+                    socket.send_fds(asking, [b'c'], [fd])
+                os.close(fd)
+
+    def _reap(self):
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake, 4096)
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, _ = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    break
+                for number in self._children.pop(pid, ()):
+                    if number in self._fds:  # it ended without fetching its connection
+                        with socket.socket(fileno=self._fds.pop(number)) as connection:
+                            with contextlib.suppress(OSError):
+                                connection.send(protocol.BAD_GATEWAY, socket.MSG_DONTWAIT)
+                            close(connection)
+                    with contextlib.suppress(OSError):
+                        protocol.send_number(self.channel, protocol.DONE, number)
+
+
+def speaks_control(source, path):
+    """True if the program has the string '/control.sock' in its syntax tree.
+
+    A comment or a longer text does not count.
+    """
+    return CONTROL.encode() in source and any(
+        isinstance(node, ast.Constant) and node.value in (CONTROL, CONTROL.encode())
+        for node in ast.walk(ast.parse(source, path))
+    )
+
+
+def load(path):
+    """The namespace of the file at `path`, after it ran once as the module `handler`."""
+    spec = importlib.util.spec_from_file_location('handler', path)
+    module = sys.modules['handler'] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return vars(module)
+
+
+def connections(namespace, runtime):
+    """(what it is called, maker of connections) for the first way to be served that the namespace offers.
+
+    Raises Unusable.
+    """
+    http = sys.modules.get('http.server')
+    if http:
+        classes = [
+            item
+            for item in namespace.values()
+            if isinstance(item, type)
+            and issubclass(item, http.BaseHTTPRequestHandler)
+            and item.__module__ not in ('http.server', 'wsgiref.simple_server')
+        ]
+        classes = [
+            item for item in classes if not any(other is not item and issubclass(other, item) for other in classes)
+        ]
+        if classes:
+            return f'class {classes[-1].__name__}', drive(classes[-1], runtime)
+    if callable(namespace.get('app')):
+        return 'WSGI app', wsgi(namespace['app'])
+    if callable(namespace.get('handle')):
+        handle = namespace['handle']
+        return 'handle', lambda connection, address: Whole(connection, address, handle)
+    raise Unusable(KINDS)
+
+
+def become_child_of_init():
+    """PID 1 stays behind to reap what is orphaned and to pass SIGTERM on; the runtime goes on as its child.
+
+    Were the runtime PID 1 itself, reaping orphans would steal the exit codes of the function's own subprocesses.
+    """
+    child = os.fork()
+    if child == 0:
+        return
+    os.close(protocol.CHANNEL_FD)
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
+    while True:
+        pid, status = os.wait()
+        if pid == child:
+            code = os.waitstatus_to_exitcode(status)
+            os._exit(code if code >= 0 else 128 - code)
+
+
+def main():
+    channel = socket.socket(fileno=protocol.CHANNEL_FD)
+    channel.set_inheritable(False)
+    become_child_of_init()
+    channel.send(protocol.HELLO + bytes((protocol.VERSION,)))
+    path = os.path.join(FUNCTION, 'handler.py')
+    sys.path.insert(0, FUNCTION)
+    sys.argv = [path]
+    runtime = Runtime(channel)
+    signal.signal(signal.SIGTERM, lambda *_: channel.shutdown(socket.SHUT_RD))  # the next receive is the end
+    try:
+        with open(path, 'rb') as file:
+            source = file.read()
+        if speaks_control(source, path):
+            kind, make = CONTROL, None
+            processes, code = Processes(channel), compile(source, path, 'exec')
+        else:
+            kind, make = connections(load(path), runtime)
+    except Unusable as error:
+        print(error, file=sys.stderr)
+        protocol.send_text(channel, protocol.FAILED, str(error))
+        return 1
+    except BaseException as error:
+        report()
+        protocol.send_text(
+            channel, protocol.FAILED, ''.join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        )
+        return 1
+    protocol.send_text(channel, protocol.READY, kind)
+    if make:
+        runtime.run(make)
+    elif processes.run():
+        main_module = sys.modules['__main__'] = types.ModuleType('__main__')
+        main_module.__file__ = path
+        exec(code, main_module.__dict__)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

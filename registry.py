@@ -1,0 +1,569 @@
+"""The registry: what exists.
+
+Zone, peer files, addresses, listeners and containers are projections of it and can be rebuilt from it.
+"""
+
+import base64
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+import sqlite3
+import threading
+import time
+from typing import NamedTuple
+
+GATEWAY = 'fd00:faa5:0:100::1'  # WireGuard, CoreDNS and the control API on wg0
+PREFIX = 'fd00:faa5::/32'
+PEERS = 'fd00:faa5:0:100'
+FIRST_HOST, LAST_HOST = 0xA, 0xFFFF
+RESERVED = frozenset(('ns', 'dashboard', 'metrics', 'peers'))  # labels of the apex that are no function's
+INVITE_REPEAT_S = (
+    120  # so long a redeemed invite repeats its answer to the key that redeemed it: a lost reply is no lost invite
+)
+FIRST_SERIAL = 2025001  # the document's
+
+LABEL = re.compile(r'[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?')
+
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
+CREATE TABLE deployments (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, subnet INTEGER NOT NULL UNIQUE);
+INSERT INTO deployments VALUES (1, 'default', 0);
+CREATE TABLE functions (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    deployment INTEGER NOT NULL REFERENCES deployments,
+    name TEXT NOT NULL,
+    ipv6 TEXT NOT NULL UNIQUE,
+    revision INTEGER,                              -- the number of the live one; NULL while the first is deploying
+    created INTEGER NOT NULL,
+    UNIQUE (deployment, name));
+CREATE TABLE revisions (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    function INTEGER NOT NULL REFERENCES functions ON DELETE CASCADE,
+    number INTEGER NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('deploying', 'live')),
+    created INTEGER NOT NULL,
+    UNIQUE (function, number));
+CREATE TABLE addresses (                           -- every address that was ever in use
+    network TEXT NOT NULL,
+    host INTEGER NOT NULL,
+    freed INTEGER,                                 -- a counter, not a clock; NULL while in use
+    PRIMARY KEY (network, host)) WITHOUT ROWID;
+CREATE TABLE peers (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    name TEXT NOT NULL UNIQUE,
+    public_key TEXT NOT NULL UNIQUE,
+    preshared_key TEXT,
+    ipv6 TEXT NOT NULL UNIQUE,
+    role TEXT NOT NULL CHECK (role IN ('peer', 'admin')),
+    state TEXT NOT NULL CHECK (state IN ('live', 'removing')),
+    created INTEGER NOT NULL);
+CREATE TABLE invites (
+    id TEXT PRIMARY KEY,
+    secret BLOB NOT NULL,
+    name TEXT,
+    role TEXT NOT NULL,
+    expires INTEGER NOT NULL,
+    redeemed INTEGER,
+    public_key TEXT,
+    peer INTEGER REFERENCES peers ON DELETE CASCADE) WITHOUT ROWID;
+"""
+
+
+class RegistryError(Exception):
+    """The registry refused a change; the text says why, `hint` what to do."""
+
+    hint = None
+
+    def __init__(self, text, hint=None):
+        super().__init__(text)
+        self.hint = hint or self.hint
+
+
+class BadName(RegistryError):
+    """A name that is no DNS label, or a reserved one."""
+
+    hint = "use a-z, 0-9 and hyphens inside, at most 63 characters, for example 'hello' or 'api-2'"
+
+
+class NameTaken(RegistryError):
+    """Another function or peer has the name."""
+
+
+class KeyTaken(RegistryError):
+    """Another peer has the public key."""
+
+    hint = 'make a new key pair: each peer needs its own'
+
+
+class AddressTaken(RegistryError):
+    """Another peer has the address, or it is outside the peers' range."""
+
+
+class RangeFull(RegistryError):
+    """Every address of the range is in use."""
+
+    hint = 'remove a function or a peer that is no longer needed'
+
+
+class NotFound(RegistryError):
+    """No function or peer has the name."""
+
+
+class BadInvite(RegistryError):
+    """The invite is unknown, expired or used: one error for all, so that nobody learns which."""
+
+    hint = "ask for a new one: 'sudo faas vpn invite' on the server prints it"
+
+    def __init__(self):
+        super().__init__('this invite is not valid')
+
+
+class Function(NamedTuple):
+    id: int
+    name: str
+    ipv6: str
+    revision: int | None
+    created: int
+
+
+class Peer(NamedTuple):
+    name: str
+    public_key: str
+    preshared_key: str | None
+    ipv6: str
+    role: str
+    created: int
+
+
+PEER_COLUMNS = ', '.join(Peer._fields)
+
+
+class Invite(NamedTuple):
+    id: str
+    secret: bytes
+    name: str | None
+    role: str
+    expires: int
+
+    def token(self, api, endpoint, server_public_key):
+        """The invite as one word to paste: JSON in base64url, then the start of its SHA-256 against cut ends."""
+        fields = {
+            'i': self.id,
+            's': _base64url(self.secret),
+            'a': api,
+            'e': endpoint,
+            'k': server_public_key,
+            'n': self.name,
+        }
+        text = _base64url(json.dumps(fields, separators=(',', ':')).encode())
+        return f'faas1_{text}.{hashlib.sha256(text.encode()).hexdigest()[:8]}'
+
+    def proof(self, *fields):
+        """HMAC-SHA256 in hex over the fields, each behind its length in four bytes, so that none can pose as two."""
+        parts = (field.encode() if isinstance(field, str) else field for field in fields)
+        return hmac.new(
+            self.secret, b''.join(len(part).to_bytes(4, 'big') + part for part in parts), 'sha256'
+        ).hexdigest()
+
+
+class Projection:
+    """Carries what the registry says to one place outside it.
+
+    Calls that arrive while one run is under way share the next.
+    """
+
+    def __init__(self, apply):
+        self._apply = apply
+        self._turn, self._count = threading.Lock(), threading.Lock()
+        self._wanted = self._done = 0  # generations
+        self.stale = False  # the last run failed
+
+    def sync(self):
+        """Return when a run that began after this call has ended; raise what that run raised."""
+        with self._count:
+            self._wanted += 1
+            mine = self._wanted
+        with self._turn:
+            if self._done >= mine:
+                return
+            generation, self.stale = self._wanted, True
+            self._apply()
+            self._done, self.stale = generation, False
+
+
+def _base64url(data):
+    return base64.urlsafe_b64encode(data).decode().rstrip('=')
+
+
+def check_name(name, reserved=frozenset()):
+    """Return `name` if it is a DNS label (RFC 1035 2.3.1, RFC 1123 2.1) in lower case and not reserved.
+
+    Else raise BadName.
+    """
+    if not isinstance(name, str) or not LABEL.fullmatch(name):
+        raise BadName(f'{name!r} is not a name that DNS knows' if name else 'the name is empty')
+    if name in reserved:
+        raise BadName(f"'{name}' is reserved", f'these names are taken by the platform: {", ".join(sorted(RESERVED))}')
+    return name
+
+
+def serial_after(serial, *others):
+    """The serial that follows the largest given one in the arithmetic of RFC 1982.
+
+    Never 0, which CoreDNS takes for no zone.
+    """
+    for other in others:
+        if other is not None and 0 < (other - serial) & 0xFFFFFFFF < 0x80000000:
+            serial = other
+    return (serial + 1) & 0xFFFFFFFF or 1
+
+
+class Registry:
+    """Functions, revisions, peers, invites and the DNS serial in one sqlite3 file. Safe to call from any thread."""
+
+    def __init__(self, path='/var/lib/faasd/registry.db'):
+        os.close(
+            os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        )  # sqlite3 gives its -wal and -shm the same mode
+        self._lock = threading.RLock()
+        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10)
+        self._db.execute('PRAGMA journal_mode = WAL')
+        self._db.execute('PRAGMA synchronous = FULL')
+        self._db.execute('PRAGMA foreign_keys = ON')
+        with self._change() as db:
+            (version,) = db.execute('PRAGMA user_version').fetchone()
+            if version > SCHEMA_VERSION:
+                raise RegistryError(
+                    f'{path} has schema {version}, this faasd knows {SCHEMA_VERSION}', 'install the newer faasd'
+                )
+            if version == 0:
+                for statement in SCHEMA.split(';\n'):
+                    db.execute(statement)
+                db.execute("INSERT INTO meta VALUES ('instance', ?)", (secrets.token_hex(3),))
+                db.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')
+
+    def close(self):
+        with self._lock:
+            self._db.close()
+
+    @contextlib.contextmanager
+    def _change(self):
+        """One transaction: all of it or nothing."""
+        with self._lock:
+            self._db.execute('BEGIN IMMEDIATE')
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute('ROLLBACK')
+                raise
+            self._db.execute('COMMIT')
+
+    def _rows(self, sql, *values):
+        with self._lock:
+            return self._db.execute(sql, values).fetchall()
+
+    @property
+    def instance(self):
+        """What tells this server's containers and cgroups from another's on the same kernel: six hex digits."""
+        return self._rows("SELECT value FROM meta WHERE key = 'instance'")[0][0]
+
+    # Addresses
+
+    def allocate_ipv6(self, network='fd00:faa5:1:0'):
+        """The lowest address of `network` never used, else the one freed longest ago, from ::a to ::ffff.
+
+        Raises RangeFull.
+        """
+        with self._change_within() as db:
+            (host,) = db.execute(
+                'SELECT min(host) + 1 FROM (SELECT host FROM addresses WHERE network = :n UNION SELECT :before) AS used'
+                ' WHERE host < :last'
+                ' AND NOT EXISTS (SELECT 1 FROM addresses WHERE network = :n AND host = used.host + 1)',
+                {'n': network, 'before': FIRST_HOST - 1, 'last': LAST_HOST},
+            ).fetchone()
+            if host is None:
+                row = db.execute(
+                    'SELECT host FROM addresses WHERE network = ? AND freed NOT NULL ORDER BY freed LIMIT 1', (network,)
+                ).fetchone()
+                if row is None:
+                    raise RangeFull(
+                        f'all addresses of {network}::/64 from ::{FIRST_HOST:x} to ::{LAST_HOST:x} are in use'
+                    )
+                (host,) = row
+            db.execute('INSERT OR REPLACE INTO addresses VALUES (?, ?, NULL)', (network, host))
+            return f'{network}::{host:x}'
+
+    @contextlib.contextmanager
+    def _change_within(self):
+        """The transaction under way, else one of its own."""
+        with self._lock:
+            if self._db.in_transaction:
+                yield self._db
+            else:
+                with self._change() as db:
+                    yield db
+
+    @staticmethod
+    def _free(db, ipv6):
+        network, host = ipv6.split('::')
+        db.execute(
+            'UPDATE addresses SET freed = (SELECT coalesce(max(freed), 0) + 1 FROM addresses)'
+            ' WHERE network = ? AND host = ?',
+            (network, int(host, 16)),
+        )
+
+    # Functions
+
+    def functions(self):
+        """The functions that have a live revision, by name."""
+        return [
+            Function(*row)
+            for row in self._rows(
+                'SELECT id, name, ipv6, revision, created FROM functions WHERE revision NOT NULL ORDER BY name'
+            )
+        ]
+
+    def function(self, name):
+        """The live function of that name; raises NotFound."""
+        rows = self._rows(
+            'SELECT id, name, ipv6, revision, created FROM functions WHERE name = ? AND revision NOT NULL', name
+        )
+        if not rows:
+            raise NotFound(f"there is no function '{name}'", "'faas list' shows what there is")
+        return Function(*rows[0])
+
+    def function_addresses(self):
+        """The addresses of all functions, those too whose first revision is deploying."""
+        return [ipv6 for (ipv6,) in self._rows('SELECT ipv6 FROM functions')]
+
+    def begin_revision(self, name):
+        """(Function, number) of a revision that is now 'deploying'; a new name gets its address.
+
+        The Function's own `revision` is what serves meanwhile, or None. Raises BadName, NameTaken, RangeFull.
+        """
+        check_name(name, RESERVED)
+        with self._change() as db:
+            row = db.execute(
+                'SELECT id, name, ipv6, revision, created FROM functions WHERE name = ?', (name,)
+            ).fetchone()
+            if row is None:
+                ipv6, now = self.allocate_ipv6(), int(time.time())
+                added = db.execute(
+                    'INSERT INTO functions (deployment, name, ipv6, created) VALUES (1, ?, ?, ?)', (name, ipv6, now)
+                )
+                row = (added.lastrowid, name, ipv6, None, now)
+            function = Function(*row)
+            if db.execute(
+                "SELECT 1 FROM revisions WHERE function = ? AND state = 'deploying'", (function.id,)
+            ).fetchone():
+                raise NameTaken(f"another deploy of '{name}' is under way", 'try again when it has ended')
+            number = (function.revision or 0) + 1
+            db.execute(
+                "INSERT INTO revisions (function, number, state, created) VALUES (?, ?, 'deploying', ?)",
+                (function.id, number, int(time.time())),
+            )
+            return function, number
+
+    def commit_revision(self, function, number):
+        """The deploying revision is live from now on, and the one before it is no more."""
+        with self._change() as db:
+            db.execute("DELETE FROM revisions WHERE function = ? AND state = 'live'", (function.id,))
+            db.execute("UPDATE revisions SET state = 'live' WHERE function = ? AND number = ?", (function.id, number))
+            db.execute('UPDATE functions SET revision = ? WHERE id = ?', (number, function.id))
+
+    def abandon_revision(self, function, number):
+        """Forget a revision that never went live.
+
+        With the first one goes the function, and its address counts as never used.
+        """
+        with self._change() as db:
+            db.execute(
+                "DELETE FROM revisions WHERE function = ? AND number = ? AND state = 'deploying'", (function.id, number)
+            )
+            if db.execute('DELETE FROM functions WHERE id = ? AND revision IS NULL', (function.id,)).rowcount:
+                network, host = function.ipv6.split('::')
+                db.execute('DELETE FROM addresses WHERE network = ? AND host = ?', (network, int(host, 16)))
+
+    def abandon_all(self):
+        """Forget every revision that was deploying when the last run ended."""
+        for *row, number in self._rows(
+            "SELECT f.id, f.name, f.ipv6, f.revision, f.created, r.number FROM revisions AS r "
+            "JOIN functions AS f ON f.id = r.function WHERE r.state = 'deploying'"
+        ):
+            self.abandon_revision(Function(*row), number)
+
+    def remove_function(self, name):
+        """Forget a live function and return what it was.
+
+        Its address is free. Raises NotFound, NameTaken while it is being deployed.
+        """
+        with self._change() as db:
+            function = self.function(name)
+            if db.execute(
+                "SELECT 1 FROM revisions WHERE function = ? AND state = 'deploying'", (function.id,)
+            ).fetchone():
+                raise NameTaken(f"a deploy of '{name}' is under way", 'try again when it has ended')
+            db.execute('DELETE FROM functions WHERE id = ?', (function.id,))
+            self._free(db, function.ipv6)
+            return function
+
+    # Peers
+
+    def peers(self):
+        """The peers that may connect, by name."""
+        return [
+            Peer(*row)
+            for row in self._rows(
+                f"SELECT {PEER_COLUMNS} FROM peers WHERE state = 'live' ORDER BY name"
+            )
+        ]
+
+    def peer_at(self, ipv6):
+        """The live peer that has the address (as the document writes it), or None."""
+        return next((peer for peer in self.peers() if peer.ipv6 == ipv6), None)
+
+    def add_peer(self, name, public_key, role='peer', ipv6=None, preshared_key=None):
+        """A new Peer; without `ipv6` it gets the next address.
+
+        Raises BadName, NameTaken, KeyTaken, AddressTaken, RangeFull.
+        """
+        check_name(name)
+        with self._change_within() as db:
+            if db.execute('SELECT 1 FROM peers WHERE name = ?', (name,)).fetchone():
+                raise NameTaken(
+                    f"a peer '{name}' exists already", f"choose another name, or 'faas vpn remove {name}' first"
+                )
+            if db.execute('SELECT 1 FROM peers WHERE public_key = ?', (public_key,)).fetchone():
+                raise KeyTaken('another peer has this public key')
+            if ipv6 is None:
+                ipv6 = self.allocate_ipv6(PEERS)
+            else:
+                self._claim(db, ipv6)
+            peer = Peer(name, public_key, preshared_key, ipv6, role, int(time.time()))
+            db.execute(
+                f"INSERT INTO peers ({PEER_COLUMNS}, state) VALUES (?, ?, ?, ?, ?, ?, 'live')",
+                peer,
+            )
+            return peer
+
+    @staticmethod
+    def _claim(db, ipv6):
+        """Take one certain address of the peers' range for a peer that was put there by hand."""
+        network, _, host = ipv6.rpartition('::')
+        if network != PEERS or not FIRST_HOST <= int(host, 16) <= LAST_HOST:
+            raise AddressTaken(f'{ipv6} is not between {PEERS}::{FIRST_HOST:x} and ::{LAST_HOST:x}')
+        if db.execute(
+            'SELECT 1 FROM addresses WHERE network = ? AND host = ? AND freed IS NULL', (network, int(host, 16))
+        ).fetchone():
+            raise AddressTaken(f'{ipv6} belongs to another peer')
+        db.execute('INSERT OR REPLACE INTO addresses VALUES (?, ?, NULL)', (network, int(host, 16)))
+
+    def begin_peer_removal(self, name):
+        """The peer is locked out from now on; its row stays until its file and its key are gone. Raises NotFound."""
+        check_name(name)
+        with self._change() as db:
+            if not db.execute("UPDATE peers SET state = 'removing' WHERE name = ?", (name,)).rowcount:
+                raise NotFound(f"there is no peer '{name}'", "'faas vpn list' on the server shows them with --peers")
+
+    def removed_peers(self):
+        """(name, public key) of the peers whose removal began."""
+        return self._rows("SELECT name, public_key FROM peers WHERE state = 'removing'")
+
+    def end_peer_removal(self, name):
+        """Forget a peer whose removal is carried out; its address is free."""
+        with self._change() as db:
+            for (ipv6,) in db.execute(
+                "SELECT ipv6 FROM peers WHERE name = ? AND state = 'removing'", (name,)
+            ).fetchall():
+                self._free(db, ipv6)
+                db.execute('DELETE FROM peers WHERE name = ?', (name,))
+
+    # Invites
+
+    def add_invite(self, name=None, role='peer', lifetime_s=3600):
+        """A new Invite for one peer, called `name` or as the newcomer is called. Raises BadName, NameTaken."""
+        now = int(time.time())
+        with self._change() as db:
+            db.execute('DELETE FROM invites WHERE expires <= ?', (now,))
+            if name is not None:
+                check_name(name)
+                if db.execute(
+                    'SELECT 1 FROM peers WHERE name = :n'
+                    ' UNION SELECT 1 FROM invites WHERE name = :n AND redeemed IS NULL',
+                    {'n': name},
+                ).fetchone():
+                    raise NameTaken(f"a peer or an open invite '{name}' exists already", 'choose another name')
+            invite = Invite(secrets.token_hex(8), secrets.token_bytes(32), name, role, now + lifetime_s)
+            db.execute('INSERT INTO invites (id, secret, name, role, expires) VALUES (?, ?, ?, ?, ?)', invite)
+            return invite
+
+    def invite(self, invite_id):
+        """The Invite of that id, used or not, or None."""
+        rows = self._rows('SELECT id, secret, name, role, expires FROM invites WHERE id = ?', invite_id)
+        return Invite(*rows[0]) if rows else None
+
+    def invites_open_for_s(self):
+        """Seconds for which some invite can still be redeemed, or repeat its answer; 0 when none can."""
+        now = time.time()
+        (until,) = self._rows(
+            'SELECT max(CASE WHEN redeemed IS NULL THEN expires ELSE min(expires, redeemed + ?) END) FROM invites',
+            INVITE_REPEAT_S,
+        )[0]
+        return max(0, (until or 0) - now)
+
+    def redeem(self, invite_id, name, public_key):
+        """The Peer that the invite makes, or made when the same key asks again. Raises BadInvite, and as add_peer does.
+
+        An invite without a name of its own makes `name` unique: laptop, laptop-2, laptop-3 …
+        """
+        now = int(time.time())
+        with self._change() as db:
+            row = db.execute(
+                'SELECT name, role, expires, redeemed, public_key, peer FROM invites WHERE id = ?', (invite_id,)
+            ).fetchone()
+            if row is None or row[2] <= now:
+                raise BadInvite
+            fixed, role, _, redeemed, used_by, peer_id = row
+            if redeemed is not None:
+                if used_by != public_key or redeemed + INVITE_REPEAT_S <= now:
+                    raise BadInvite
+                made = db.execute(
+                    f"SELECT {PEER_COLUMNS} FROM peers WHERE id = ? AND state = 'live'",
+                    (peer_id,),
+                ).fetchone()
+                if made is None:
+                    raise BadInvite
+                return Peer(*made)
+            peer = self.add_peer(fixed or self._unique(db, check_name(name)), public_key, role)
+            db.execute(
+                'UPDATE invites SET redeemed = ?, public_key = ?, peer = (SELECT id FROM peers WHERE name = ?)'
+                ' WHERE id = ?',
+                (now, public_key, peer.name, invite_id),
+            )
+            return peer
+
+    @staticmethod
+    def _unique(db, name):
+        taken = {
+            row[0] for row in db.execute('SELECT name FROM peers UNION SELECT name FROM invites WHERE name NOT NULL')
+        }
+        candidate, number = name, 1
+        while candidate in taken:
+            number += 1
+            candidate = f'{name[: 63 - len(f"-{number}")].rstrip("-")}-{number}'
+        return candidate
+
+    # DNS
+
+    def next_serial(self, seen=None):
+        """A serial above the last one given out and above `seen`, the zone file's; kept before it is returned (RFC 1982)."""
+        with self._change() as db:
+            row = db.execute("SELECT value FROM meta WHERE key = 'serial'").fetchone()
+            serial = serial_after(row[0] if row else FIRST_SERIAL - 1, seen)
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('serial', ?)", (serial,))
+            return serial

@@ -1,0 +1,129 @@
+"""Runs the programs that faasd leans on.
+
+Ip, wg, wireguard-go, nft, coredns, runc. No other module of the daemon starts one.
+"""
+
+import contextlib
+import logging
+import os
+import select
+import shutil
+import signal
+import subprocess
+import tempfile
+
+log = logging.getLogger('faasd.shell')
+
+
+class CommandError(Exception):
+    """A command failed: argv, exit_code (None: it never ran or was too slow), stdout, stderr, reason (one line)."""
+
+    def __init__(self, argv, reason, exit_code=None, stdout='', stderr=''):
+        self.argv, self.reason, self.exit_code, self.stdout, self.stderr = argv, reason, exit_code, stdout, stderr
+        super().__init__(f'{argv[0]}: {reason}')
+
+
+def run(argv, *, input=None, stdin=subprocess.DEVNULL, ok=(0,), timeout_s=30):
+    """Run argv to its end; text in (or a file as `stdin`), text out.
+
+    Secrets go in by `input`, never by argv: each argv is logged before it runs.
+
+    Raises CommandError when the program is missing, is too slow, or ends with a code that is not in `ok`.
+    """
+    log.debug('+ %s', ' '.join(argv))
+    feed = {'stdin': stdin} if input is None else {'input': input}
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, errors='replace', timeout=timeout_s, **feed)
+    except FileNotFoundError as error:
+        raise CommandError(argv, 'not installed (make deps installs it)') from error
+    except subprocess.TimeoutExpired as error:
+        raise CommandError(argv, f'no end after {timeout_s} s') from error
+    if done.returncode not in ok:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise CommandError(
+            argv, lines[-1] if lines else f'exit code {done.returncode}', done.returncode, done.stdout, done.stderr
+        )
+    return done
+
+
+def start(argv, **environ):
+    """Start a program that stays, in a session of its own: a Ctrl-C at faasd's terminal is faasd's to handle."""
+    log.debug('+ %s &', ' '.join(argv))
+    try:
+        return subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True, env=os.environ | environ)
+    except FileNotFoundError as error:
+        raise CommandError(argv, 'not installed (make deps installs it)') from error
+
+
+def run_with_fds(argv, fds, timeout_s=30):
+    """Run argv to its end with just the descriptors {number there.
+
+    Ours}, which subprocess cannot renumber; return its exit code.
+    """
+    log.debug('+ %s', ' '.join(argv))
+    actions = [(os.POSIX_SPAWN_OPEN, 0, '/dev/null', os.O_RDONLY, 0)]
+    actions += [(os.POSIX_SPAWN_DUP2, fds[number], number) for number in sorted(fds)]
+    try:
+        pid = os.posix_spawnp(argv[0], argv, {'PATH': os.environ.get('PATH', os.defpath)}, file_actions=actions)
+    except FileNotFoundError as error:
+        raise CommandError(argv, 'not installed (make deps installs it)') from error
+    pidfd = os.pidfd_open(pid)
+    try:
+        ended = select.poll()
+        ended.register(pidfd, select.POLLIN)
+        if not ended.poll(timeout_s * 1000):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise CommandError(argv, f'no end after {timeout_s} s')
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    finally:
+        os.close(pidfd)
+
+
+def installed(program):
+    return shutil.which(program) is not None
+
+
+def write_file(path, content, mode=0o644):
+    """Replace `path` by content (str or bytes) so that after a power cut it is the old or the new one, whole."""
+    folder = os.path.dirname(path)
+    fd, temporary = tempfile.mkstemp(dir=folder, prefix=f'.{os.path.basename(path)}.')
+    try:
+        with open(fd, 'wb') as file:
+            os.fchmod(fd, mode)
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(fd)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    sync_folder(folder)
+
+
+def remove_file(path):
+    """Unlink `path`, which may be gone already, so that it stays gone after a power cut."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+        sync_folder(os.path.dirname(path))
+
+
+def sync_folder(folder):
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def start_time(pid):
+    """Clock ticks since boot at which `pid` started (proc(5), stat field 22), or None.
+
+    With it a pid names one process for good.
+    """
+    try:
+        with open(f'/proc/{pid}/stat') as file:
+            return int(file.read().rpartition(')')[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return None

@@ -1,0 +1,406 @@
+"""WireGuard on the server: keys, wg0.conf, peers/*.conf, `wg syncconf`, the addresses on wg0 and the nftables table."""
+
+import base64
+import binascii
+import contextlib
+import ipaddress
+import json
+import os
+import re
+import socket
+import tempfile
+import time
+
+import shell
+
+HANDSHAKE_FRESH_S = 180  # WireGuard's REJECT_AFTER_TIME: no session is older
+MARK = 0xFAA5  # on every socket that is handed out; see RULES
+
+WG0_CONF = """\
+[Interface]
+Address = {gateway}/64
+ListenPort = {port}
+PrivateKey = {private_key}
+
+# Client peers (dynamically managed by faasd)
+# are in {peers_dir}/*.conf; faasd applies both files' peers by `wg syncconf`
+"""
+
+PEER_CONF = """\
+# Client: {name}
+[Peer]
+PublicKey = {public_key}
+{preshared}AllowedIPs = {ipv6}/128
+"""
+
+# Who may talk to what. The mark rules belong to the hand-off: a function holds sockets of the host's network, and
+# AF_UNSPEC plus connect() or bind() plus listen() would otherwise make them a way into it. They look at SYNs only, so
+# running answers survive a reload of the table.
+RULES = """\
+table inet {table}
+delete table inet {table}
+table inet {table} {{
+  chain input {{ type filter hook input priority filter; policy accept;
+    ip6 daddr fd00:faa5::/32 iifname != {{ "{interface}", "lo" }} counter drop
+    socket mark {mark:#x} tcp flags & (syn | ack) == syn ip6 daddr fd00:faa5:1::/48 tcp dport 80 accept
+    socket mark {mark:#x} tcp flags & (syn | ack) == syn counter drop
+    iifname != "{interface}" return
+    ct state established,related accept
+    meta l4proto ipv6-icmp accept
+    ip6 daddr fd00:faa5:1::/48 tcp dport 80 accept
+    ip6 daddr {gateway} meta l4proto {{ tcp, udp }} th dport 53 accept
+    ip6 daddr {gateway} tcp dport 8080 accept
+    counter drop
+  }}
+  chain output {{ type filter hook output priority filter; policy accept;
+    meta mark {mark:#x} tcp flags & (syn | ack) == syn counter drop
+  }}
+  chain forward {{ type filter hook forward priority filter; policy accept;
+    iifname "{interface}" counter drop
+    oifname "{interface}" counter drop
+  }}
+}}
+"""
+
+
+class VPNError(Exception):
+    """WireGuard on this host is not as it must be; `hint` says what to do."""
+
+    def __init__(self, text, hint=None):
+        super().__init__(text)
+        self.hint = hint
+
+
+class BadKey(VPNError):
+    """Text that is no WireGuard key."""
+
+
+class BadPeerFile(VPNError):
+    """A file in peers/ that cannot be used."""
+
+
+def check_key(text):
+    """Return `text` if it is a WireGuard key as wg(8) writes it.
+
+    32 bytes in base64, not all zero; else raise BadKey.
+    """
+    try:
+        key = base64.b64decode(text.encode('ascii'), validate=True)
+    except (AttributeError, ValueError, binascii.Error):
+        key = b''
+    if len(key) != 32 or base64.b64encode(key).decode() != text:
+        raise BadKey('this is no WireGuard key', "a key is 32 bytes in base64, 44 characters, as 'wg pubkey' prints it")
+    if not any(key):
+        raise BadKey('an all-zero key is no key', "make one: wg genkey | wg pubkey")
+    return text
+
+
+def parse_peer(text):
+    """(public key, preshared key or None, IPv6 address) of a peer file in the document's form.
+
+    Raises BadPeerFile, BadKey.
+    """
+    found, section = {}, None
+    for line in text.splitlines():
+        line = line.partition('#')[0].strip()
+        if not line:
+            continue
+        if line.startswith('['):
+            if section or line.lower() != '[peer]':
+                raise BadPeerFile(f'has {line!r} where one [Peer] is expected')
+            section = line
+            continue
+        key, equals, value = line.partition('=')
+        key = key.strip().lower()
+        if not section or not equals or key not in ('publickey', 'presharedkey', 'allowedips') or key in found:
+            raise BadPeerFile(f'has a line that is not known there: {key[:40]!r}')
+        found[key] = value.strip()
+    if 'publickey' not in found or 'allowedips' not in found:
+        raise BadPeerFile('needs PublicKey and AllowedIPs')
+    try:
+        network = ipaddress.IPv6Network(found['allowedips'])
+    except ValueError as error:
+        raise BadPeerFile(f'has AllowedIPs that are no single IPv6 address: {found["allowedips"][:60]!r}') from error
+    if network.prefixlen != 128:
+        raise BadPeerFile('has AllowedIPs with more than one address')
+    preshared = found.get('presharedkey')
+    return check_key(found['publickey']), preshared and check_key(preshared), str(network.network_address)
+
+
+def split_endpoint(text, default_port):
+    """(host, port) of 'host', 'host:port', an IPv4 or IPv6 address or '[IPv6]:port'; raises VPNError."""
+    match = re.fullmatch(r'\[([0-9a-fA-F:.]+)\](?::(\d+))?|([^\s:\[\]/]+)(?::(\d+))?|([0-9a-fA-F:.]+)', text)
+    host, port = (match[1] or match[3] or match[5], match[2] or match[4]) if match else (None, None)
+    try:
+        if ':' in (host or ''):
+            ipaddress.IPv6Address(host)
+        if host and 0 < int(port or default_port) < 65536:
+            return host, int(port or default_port)
+    except ValueError:
+        pass
+    raise VPNError(f'{text!r} is no endpoint', 'write host, host:port, an IPv4 address or [IPv6]:port')
+
+
+def join_endpoint(host, port):
+    return f'[{host}]:{port}' if ':' in host else f'{host}:{port}'
+
+
+class VPNManager:
+    """Keeps wg0, its files and its table as the registry says. `emit(area, text, …)` takes what happened."""
+
+    def __init__(self, emit, gateway, endpoint, interface='wg0', port=51820, table='faas', directory='/etc/wireguard'):
+        self.gateway, self.interface, self.port, self.table = gateway, interface, port, table
+        self.endpoint = endpoint
+        self.peers_dir = os.path.join(directory, 'peers')
+        self._directory, self._emit = directory, emit
+        self._complained = {}  # peer file → what was said of it, so that it is said once
+
+    # Keys and files
+
+    def ensure_keys(self):
+        """Make server_private.key (0600) and server_public.key where they are missing."""
+        os.makedirs(self.peers_dir, mode=0o700, exist_ok=True)
+        private, public = self._path('server_private.key'), self._path('server_public.key')
+        if not os.path.exists(private):
+            shell.write_file(private, shell.run(['wg', 'genkey']).stdout, mode=0o600)
+            self._emit('vpn', f'Made the server keys in {self._directory}')
+        os.chmod(private, 0o600)
+        derived = shell.run(['wg', 'pubkey'], input=self._private_key() + '\n').stdout
+        with contextlib.suppress(FileNotFoundError):
+            if _read(public) == derived:
+                return
+        shell.write_file(public, derived)
+
+    def write_wg0_conf(self):
+        """Write wg0.conf in the document's form if there is none."""
+        path = self._path(f'{self.interface}.conf')
+        if not os.path.exists(path):
+            shell.write_file(
+                path,
+                WG0_CONF.format(
+                    gateway=self.gateway, port=self.port, private_key=self._private_key(), peers_dir=self.peers_dir
+                ),
+                mode=0o600,
+            )
+
+    def get_server_public_key(self):
+        return _read(self._path('server_public.key')).strip()
+
+    def create_client_config(self, ipv6):
+        """What a new peer must know, in the document's fields.
+
+        Its private key is made on its own side and stays there.
+        """
+        return {'ipv6': ipv6, 'server_public_key': self.get_server_public_key(), 'endpoint': self.endpoint}
+
+    def _private_key(self):
+        return check_key(_read(self._path('server_private.key')).strip())
+
+    def _path(self, name):
+        return os.path.join(self._directory, name)
+
+    # Peers
+
+    def peer_files(self):
+        """{name: text} of the peers/*.conf that can be read."""
+        files = {}
+        for entry in os.scandir(self.peers_dir):
+            if entry.name.endswith('.conf') and entry.is_file(follow_symlinks=False):
+                files[entry.name.removesuffix('.conf')] = _read(entry.path)
+        return files
+
+    def complain(self, name, why):
+        """Name a peer file that is left out, once for each reason."""
+        if self._complained.get(name) != why:
+            self._complained[name] = why
+            self._emit('vpn', f'Left out {self.peers_dir}/{name}.conf: {why}', name=name, problem=True)
+
+    def project(self, peers, removed=()):
+        """Make peers/ and wg0 hold just `peers` (registry rows) and none of the names in `removed`.
+
+        Other files are left alone.
+        """
+        files = self.peer_files()
+        for name in removed:
+            if name in files:
+                self.remove_peer(name)
+        for peer in peers:
+            if files.get(peer.name) != self._render(peer):
+                self.add_peer(peer)
+        self._reload_wireguard(peers)
+
+    def add_peer(self, peer):
+        shell.write_file(os.path.join(self.peers_dir, f'{peer.name}.conf'), self._render(peer), mode=0o600)
+
+    def remove_peer(self, name):
+        self._complained.pop(name, None)
+        shell.remove_file(os.path.join(self.peers_dir, f'{name}.conf'))
+
+    @staticmethod
+    def _render(peer):
+        preshared = f'PresharedKey = {peer.preshared_key}\n' if peer.preshared_key else ''
+        return PEER_CONF.format(name=peer.name, public_key=peer.public_key, preshared=preshared, ipv6=peer.ipv6)
+
+    def _reload_wireguard(self, peers):
+        """Apply interface and peers as one complete file.
+
+        Syncconf takes a missing [Interface] or an empty list at its word.
+        """
+        text = f'[Interface]\nListenPort = {self.port}\nPrivateKey = {self._private_key()}\n\n'
+        text += '\n'.join(self._render(peer) for peer in peers)
+        with private_file(text) as path:
+            shell.run(['wg', 'syncconf', self.interface, path])
+
+    def handshakes(self):
+        """{public key: seconds since its last handshake, None for never} of the peers on wg0; {} when wg0 is away."""
+        try:
+            lines = shell.run(['wg', 'show', self.interface, 'latest-handshakes']).stdout.splitlines()
+        except shell.CommandError:
+            return {}
+        stamps = (line.split('\t') for line in lines)
+        return {key: time.time() - int(stamp) if int(stamp) else None for key, stamp in stamps}
+
+    # The interface
+
+    def present(self):
+        """True if the interface exists in this network namespace."""
+        with contextlib.suppress(OSError):
+            return socket.if_nametoindex(self.interface) > 0
+        return False
+
+    def check_interface(self):
+        """Raise VPNError unless wg0 is there, is WireGuard, has our key and the gateway address."""
+        if not self.present():
+            raise VPNError(
+                f'there is no interface {self.interface}',
+                f"bring it up (systemctl start wg-quick@{self.interface}), or run 'faasd.py --standalone', which does",
+            )
+        try:
+            key = shell.run(['wg', 'show', self.interface, 'public-key']).stdout.strip()
+        except shell.CommandError as error:
+            raise VPNError(
+                f'{self.interface} is no WireGuard interface', 'set FAAS_WG_INTERFACE to another name'
+            ) from error
+        if key != self.get_server_public_key():
+            raise VPNError(
+                f'{self.interface} runs with another key than {self._path("server_private.key")}',
+                f'put that key into {self._path(self.interface + ".conf")} and restart wg-quick@{self.interface}',
+            )
+        if ipaddress.IPv6Address(self.gateway) not in self._addresses():
+            raise VPNError(
+                f'{self.interface} does not have the address {self.gateway}',
+                f"add 'Address = {self.gateway}/64' to {self._path(self.interface + '.conf')}",
+            )
+
+    def bring_up(self):
+        """Make wg0 by the kernel, else by wireguard-go; return wireguard-go's process, or None. Raises VPNError."""
+        process = None
+        try:
+            shell.run(['ip', 'link', 'add', self.interface, 'type', 'wireguard'])
+        except shell.CommandError as error:
+            if not shell.installed('wireguard-go'):
+                raise VPNError(
+                    f'the kernel has no WireGuard ({error.reason}) and wireguard-go is not installed',
+                    "'make deps' installs what is missing",
+                ) from error
+            # As -f does, but without its banner about kernels.
+            process = shell.start(['wireguard-go', self.interface], WG_PROCESS_FOREGROUND='1', LOG_LEVEL='silent')
+            deadline = time.monotonic() + 10
+            while not self._answers():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    process.kill()
+                    raise VPNError('wireguard-go does not start', 'it needs /dev/net/tun and root') from error
+                time.sleep(0.01)
+        try:
+            self._reload_wireguard([])
+            shell.run(['ip', '-6', 'address', 'add', f'{self.gateway}/64', 'dev', self.interface, 'nodad'])
+            shell.run(['ip', 'link', 'set', 'mtu', '1420', 'up', 'dev', self.interface])
+        except shell.CommandError as error:
+            self.take_down(process)
+            if 'Permission denied' in error.stderr:
+                raise VPNError(
+                    'IPv6 is switched off on this host', 'sysctl -w net.ipv6.conf.all.disable_ipv6=0'
+                ) from error
+            raise
+        return process
+
+    def _answers(self):
+        return self.present() and shell.run(['wg', 'show', self.interface], ok=(0, 1)).returncode == 0
+
+    def take_down(self, process=None):
+        """Remove wg0 and end its wireguard-go, if any; both may be gone already."""
+        shell.run(['ip', 'link', 'delete', self.interface], ok=(0, 1))
+        if process is not None:
+            process.terminate()
+            process.wait(timeout=5)
+
+    def _addresses(self):
+        """The IPv6 addresses on wg0."""
+        links = json.loads(shell.run(['ip', '-6', '-json', 'address', 'show', 'dev', self.interface]).stdout or '[]')
+        return {ipaddress.IPv6Address(info['local']) for link in links for info in link.get('addr_info', ())}
+
+    def project_addresses(self, wanted):
+        """Make wg0 hold just the function addresses `wanted`, beside its own."""
+        functions = ipaddress.IPv6Network('fd00:faa5:1::/48')
+        actual = self._addresses()
+        wanted = {ipaddress.IPv6Address(text): text for text in wanted}
+        surplus = {address for address in actual if address in functions} - wanted.keys()
+        missing = wanted.keys() - actual
+        lines = [f'address del {address}/128 dev {self.interface}\n' for address in sorted(surplus)]
+        lines += [f'address add {address}/128 dev {self.interface} nodad\n' for address in sorted(missing)]
+        if lines:
+            shell.run(['ip', '-6', '-batch', '-'], input=''.join(lines), timeout_s=120)
+        for address in sorted(missing):
+            self._emit('listener', f'Configured {wanted[address]}/128 on {self.interface} interface')
+
+    # The table
+
+    def load_rules(self):
+        """Put the nftables table in place; raises VPNError: without it no socket may be handed out."""
+        rules = RULES.format(table=self.table, interface=self.interface, gateway=self.gateway, mark=MARK)
+        try:
+            shell.run(['nft', '-f', '-'], input=rules)
+        except shell.CommandError as error:
+            raise VPNError(
+                f'the nftables table inet {self.table} cannot be loaded: {error.reason}',
+                'a passed socket opens the host without it; install nftables (make deps), and a kernel with nft_socket',
+            ) from error
+
+    def rules_loaded(self):
+        """True if the table is in place with its chains (a flush leaves the table or takes it; either shows)."""
+        try:
+            listing = json.loads(shell.run(['nft', '--json', 'list', 'table', 'inet', self.table]).stdout)
+        except (shell.CommandError, ValueError):
+            return False
+        return sum('rule' in item for item in listing['nftables']) == len(
+            re.findall(r'accept$|drop$|return$', RULES, re.M)
+        )
+
+    def remove_rules(self):
+        shell.run(['nft', '-f', '-'], input=f'table inet {self.table}\ndelete table inet {self.table}\n')
+
+
+def _read(path):
+    with open(path, encoding='utf-8', errors='replace') as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def private_file(text):
+    """The path of a 0600 file in memory that holds `text` for as long as the context lasts."""
+    with tempfile.NamedTemporaryFile('w', dir='/run', prefix='faasd-', suffix='.conf') as file:
+        file.write(text)
+        file.flush()
+        yield file.name
+
+
+def default_address():
+    """The address that the default route leaves from (IPv4 before IPv6), or None.
+
+    Nothing is sent: connect() on UDP only looks it up.
+    """
+    for family, far in ((socket.AF_INET, '192.0.2.1'), (socket.AF_INET6, '2001:db8::1')):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((far, 9))
+            return sock.getsockname()[0]
+    return None
