@@ -311,7 +311,7 @@ class Listener:
 
 
 class Caller(NamedTuple):
-    """role: 'local' (unix socket), 'admin', 'peer' (its tunnel address), 'newcomer' (the enroll address), 'stranger'."""
+    """role: 'local' (unix socket), 'admin', 'peer' (tunnel address), 'newcomer' (the enroll address), 'stranger'."""
 
     role: str
     name: str | None = None
@@ -558,8 +558,18 @@ class Faasd:
         )
 
     def _run_coredns(self):
-        self._children['coredns'] = shell.start(['coredns', '-quiet', '-conf', self.dns.corefile])
+        process = shell.start(['coredns', '-quiet', '-conf', self.dns.corefile], output=True)
+        self._children['coredns'] = process
         self._record_children()
+        threading.Thread(target=self._read_coredns, args=(process.stdout,), daemon=True).start()
+
+    def _read_coredns(self, output):
+        """Tell CoreDNS's troubles; its line for each query is not kept."""
+        with output:
+            while chunk := output.read1(1 << 16):
+                for line in chunk.splitlines() if b'[ERROR]' in chunk or b'[FATAL]' in chunk else ():
+                    if b'[INFO]' not in line:
+                        self.emit('dns', f'CoreDNS: {line.decode(errors="replace")}', problem=True)
 
     def _stop_coredns(self):
         process = self._children.pop('coredns', None)

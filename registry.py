@@ -417,10 +417,7 @@ class Registry:
     def peers(self):
         """The peers that may connect, by name."""
         return [
-            Peer(*row)
-            for row in self._rows(
-                f"SELECT {PEER_COLUMNS} FROM peers WHERE state = 'live' ORDER BY name"
-            )
+            Peer(*row) for row in self._rows(f"SELECT {PEER_COLUMNS} FROM peers WHERE state = 'live' ORDER BY name")
         ]
 
     def peer_at(self, ipv6):
@@ -561,7 +558,7 @@ class Registry:
     # DNS
 
     def next_serial(self, seen=None):
-        """A serial above the last one given out and above `seen`, the zone file's; kept before it is returned (RFC 1982)."""
+        """A serial above the last one given out and above the zone file's (RFC 1982); kept before it is returned."""
         with self._change() as db:
             row = db.execute("SELECT value FROM meta WHERE key = 'serial'").fetchone()
             serial = serial_after(row[0] if row else FIRST_SERIAL - 1, seen)

@@ -46,11 +46,17 @@ def run(argv, *, input=None, stdin=subprocess.DEVNULL, ok=(0,), timeout_s=30):
     return done
 
 
-def start(argv, **environ):
-    """Start a program that stays, in a session of its own: a Ctrl-C at faasd's terminal is faasd's to handle."""
+def start(argv, *, output=False, **environ):
+    """Start a program that stays; with `output` its stdout and stderr are the process's `stdout`.
+
+    It gets a session of its own: a Ctrl-C at faasd's terminal is faasd's to handle.
+    """
     log.debug('+ %s &', ' '.join(argv))
+    streams = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT} if output else {}
     try:
-        return subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True, env=os.environ | environ)
+        return subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, start_new_session=True, env=os.environ | environ, **streams
+        )
     except FileNotFoundError as error:
         raise CommandError(argv, 'not installed (make deps installs it)') from error
 
