@@ -30,7 +30,10 @@ del sys.path[0], sys.modules['protocol']  # the function may have a module of th
 
 FUNCTION = '/function'
 CONTROL = '/control.sock'
-MOST_THREADS = 32
+# Python runs one thread at a time: more of them than wait for something make each other slow. So there are few, more
+# only when all are held up for a while, and those go when they have nothing to do.
+FEW_THREADS, MOST_THREADS = 2, 32
+HELD_UP_S = 0.005
 MOST_PROCESSES = 32
 KINDS = (
     'handler.py offers nothing to call: it needs a class derived from BaseHTTPRequestHandler, a WSGI callable `app`, '
@@ -133,8 +136,9 @@ def drive(handler_class, runtime):
             super().send_response_only(code, message)
 
         def end_headers(self):
-            if runtime.stopping and not self.close_connection:
-                self.send_header('Connection', 'close')
+            sent = b''.join(getattr(self, '_headers_buffer', ())).lower()
+            if (runtime.stopping or self.close_connection) and b'\nconnection:' not in sent:
+                self.send_header('Connection', 'close')  # the client shall not try the same connection again
             super().end_headers()
 
     Requests.__name__, Requests.__qualname__ = handler_class.__name__, handler_class.__qualname__
@@ -191,30 +195,35 @@ class Runtime:
         self._open = {}  # number → connection, being served or parked
         self._parked = {}  # fd → number
         self._threads = self._waiting = 0
-        self._over = threading.Event()
+        self._all_busy, self._over = threading.Event(), threading.Event()
 
     def run(self, connect):
         """Serve until told to stop and all is served."""
         self._connect = connect
         self._epoll.register(self.channel, select.EPOLLIN | select.EPOLLONESHOT)
-        self._start_thread()
-        self._over.wait()
-
-    def _start_thread(self):
-        self._threads += 1
-        threading.Thread(target=self._work, daemon=True).start()
+        while True:
+            with self._lock:
+                if self._threads and self._waiting:
+                    self._all_busy.clear()
+                elif self._threads < MOST_THREADS:
+                    self._threads += 1
+                    threading.Thread(target=self._work, daemon=True).start()
+            self._all_busy.wait()
+            if self._over.wait(HELD_UP_S):
+                return
 
     def _work(self):
         while True:
             with self._lock:
+                if self._waiting >= FEW_THREADS:
+                    self._threads -= 1
+                    return
                 self._waiting += 1
-            try:
-                ((fd, _),) = self._epoll.poll(maxevents=1)
-            finally:
-                with self._lock:
-                    self._waiting -= 1
-                    if not self._waiting and self._threads < MOST_THREADS:
-                        self._start_thread()
+            ((fd, _),) = self._epoll.poll(maxevents=1)
+            with self._lock:
+                self._waiting -= 1
+                if not self._waiting:
+                    self._all_busy.set()
             if fd == self.channel.fileno():
                 self._receive()
             else:
@@ -224,18 +233,21 @@ class Runtime:
                     self._step(number, fd)
 
     def _receive(self):
-        message, fd = protocol.receive(self.channel)
+        try:
+            message, fd = protocol.receive(self.channel)
+        except (OSError, protocol.ProtocolError):
+            message, fd = b'', None
         kind = message[:1]
         if kind == protocol.CONNECTION and fd is not None:
             connection = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=fd)
             number = protocol.number_of(message)
+            self._open[number] = None  # known before another thread can hear that this is the end
             self._listen_on()
             with contextlib.suppress(OSError):  # the client may be gone
                 address = connection.getpeername()
                 self._open[number] = self._connect(connection, address)
                 return self._step(number, None) if arrived(connection) else self._park(number, new=True)
-            connection.close()
-            protocol.send_number(self.channel, protocol.DONE, number)
+            self._done(number, connection)
         elif kind in (protocol.STOP, b''):
             self.stop(protocol.number_of(message) if message else 0)
         else:
@@ -255,7 +267,7 @@ class Runtime:
             idle = list(self._parked.values())
             self._parked.clear()
         for number in idle:
-            self._done(number)
+            self._done(number, self._open[number].connection)
 
     def _park(self, number, new=False):
         connection = self._open[number].connection
@@ -272,10 +284,11 @@ class Runtime:
             pass
         except BaseException:
             report()
-        self._done(number)
+        self._done(number, self._open[number].connection)
 
-    def _done(self, number):
-        close(self._open.pop(number).connection)
+    def _done(self, number, connection):
+        close(connection)
+        del self._open[number]
         with contextlib.suppress(OSError):
             protocol.send_number(self.channel, protocol.DONE, number)
         self._exit_when_done()
@@ -283,6 +296,7 @@ class Runtime:
     def _exit_when_done(self):
         if self.stopping and not self._open:
             self._over.set()
+            self._all_busy.set()
 
 
 def arrived(connection):
