@@ -452,7 +452,7 @@ class Registry:
     def _claim(db, ipv6):
         """Take one certain address of the peers' range for a peer that was put there by hand."""
         network, _, host = ipv6.rpartition('::')
-        if network != PEERS or not FIRST_HOST <= int(host, 16) <= LAST_HOST:
+        if network != PEERS or not host.isalnum() or not FIRST_HOST <= int(host, 16) <= LAST_HOST:
             raise AddressTaken(f'{ipv6} is not between {PEERS}::{FIRST_HOST:x} and ::{LAST_HOST:x}')
         if db.execute(
             'SELECT 1 FROM addresses WHERE network = ? AND host = ? AND freed IS NULL', (network, int(host, 16))

@@ -1,0 +1,572 @@
+"""What exists: names, addresses, deployments, peers, invites and serials, across crashes and reopened files."""
+
+import base64
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import pathlib
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from unittest import mock
+
+import registry
+from tests import lab
+
+KEYS = [base64.b64encode(bytes((number,)) * 32).decode() for number in range(1, 40)]
+FUNCTIONS = 'fd00:faa5:1:0'
+
+
+class RegistryTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = os.path.join(folder.name, 'registry.db')
+        self.registry = registry.Registry(self.path)
+        self.addCleanup(self.close)
+
+    def close(self):
+        self.registry.close()  # the one that was opened last
+
+    def reopen(self):
+        self.registry.close()
+        self.registry = registry.Registry(self.path)
+        return self.registry
+
+    def deploy(self, *names):
+        for name in names:
+            function, number = self.registry.begin_revision(name)
+            self.registry.commit_revision(function, number)
+        return function.ipv6
+
+    def sql(self, statement, *values):
+        """Straight to the file, as a second program would."""
+        with contextlib.closing(sqlite3.connect(self.path)) as db, db:
+            return db.execute(statement, values).fetchall()
+
+    def fill(self, network):
+        """Every address of the network that has no row is in use from now on."""
+        with contextlib.closing(sqlite3.connect(self.path)) as db, db:
+            db.executemany(
+                'INSERT OR IGNORE INTO addresses VALUES (?, ?, NULL)',
+                ((network, host) for host in range(registry.FIRST_HOST, registry.LAST_HOST + 1)),
+            )
+
+
+class Names(unittest.TestCase):
+    GOOD = 'a', '0', 'a1', 'hello', 'api-2', 'a--b', '7up', 'a' * 63
+    BAD = [
+        '',
+        '../x',
+        'a/b',
+        'a' * 64,
+        'café',
+        'ａ',
+        'A',
+        'Hello',
+        '-a',
+        'a-',
+        '-',
+        'a.b',
+        'a_b',
+        'a b',
+        ' a',
+        'a\n',
+        'a\0',
+    ] + ['*', '.', '..', '1.', 'ß', '٣', None, 7, b'a', ['a']]
+
+    def test_labels_are_names(self):
+        for name in self.GOOD:
+            self.assertEqual(name, registry.check_name(name))
+
+    def test_what_is_no_label_is_refused_in_one_line_with_a_hint(self):
+        for name in self.BAD:
+            with self.subTest(name), self.assertRaises(registry.BadName) as caught:
+                registry.check_name(name)
+            self.assertNotIn('\n', str(caught.exception))
+            self.assertTrue(caught.exception.hint)
+
+    def test_reserved_names_are_refused_for_functions_alone(self):
+        self.assertEqual('ns', registry.check_name('ns'))
+        for name in ('ns', 'dashboard', 'metrics', 'peers'):
+            with self.assertRaisesRegex(registry.BadName, f"'{name}' is reserved"):
+                registry.check_name(name, registry.RESERVED)
+
+
+class Addresses(RegistryTest):
+    def test_the_first_is_a_as_the_document_writes_it(self):
+        self.assertEqual('fd00:faa5:1:0::a', self.deploy('fibonacci'))
+        self.assertEqual('fd00:faa5:1:0::b', self.deploy('hello'))
+        self.assertEqual('fd00:faa5:0:100::a', self.registry.add_peer('laptop', KEYS[0]).ipv6)
+
+    def test_a_freed_one_waits_until_every_other_was_used(self):
+        self.deploy('a', 'b', 'c')
+        self.registry.remove_function('b')
+        self.registry.remove_function('a')
+        self.assertEqual('fd00:faa5:1:0::d', self.deploy('d'))
+        self.fill(FUNCTIONS)
+        self.assertEqual('fd00:faa5:1:0::b', self.deploy('e'))
+        self.reopen()
+        self.assertEqual('fd00:faa5:1:0::a', self.deploy('f'))
+        with self.assertRaises(registry.RangeFull):
+            self.deploy('g')
+
+    def test_the_last_is_ffff(self):
+        self.fill(FUNCTIONS)
+        self.sql('DELETE FROM addresses WHERE host = 65535')
+        self.assertEqual('fd00:faa5:1:0::ffff', self.deploy('last'))
+
+    def test_a_full_range_refuses_and_leaves_nothing(self):
+        self.fill(FUNCTIONS)
+        self.fill(registry.PEERS)
+        with self.assertRaisesRegex(registry.RangeFull, '::a to ::ffff are in use'):
+            self.registry.begin_revision('hello')
+        with self.assertRaises(registry.RangeFull):
+            self.registry.add_peer('laptop', KEYS[0])
+        invite = self.registry.add_invite()
+        with self.assertRaises(registry.RangeFull):
+            self.registry.redeem(invite.id, 'laptop', KEYS[0])
+        self.assertEqual(
+            ([], [], []), (self.registry.functions(), self.registry.peers(), self.sql('SELECT * FROM revisions'))
+        )
+        self.sql('DELETE FROM addresses WHERE host = 10')
+        self.assertEqual('fd00:faa5:1:0::a', self.deploy('hello'))
+        self.assertEqual('fd00:faa5:0:100::a', self.registry.redeem(invite.id, 'laptop', KEYS[0]).ipv6)
+
+    def test_a_failed_first_deploy_gives_its_own_back_as_never_used(self):
+        function, number = self.registry.begin_revision('broken')
+        self.deploy('hello')
+        self.assertEqual(['fd00:faa5:1:0::a', 'fd00:faa5:1:0::b'], sorted(self.registry.function_addresses()))
+        self.registry.abandon_revision(function, number)
+        self.assertEqual(['fd00:faa5:1:0::b'], self.registry.function_addresses())
+        self.assertEqual('fd00:faa5:1:0::a', self.deploy('next'))
+
+
+class Functions(RegistryTest):
+    def test_nothing_is_there_before_its_first_revision_is_live(self):
+        function, number = self.registry.begin_revision('hello')
+        self.assertEqual((None, 1), (function.revision, number))
+        self.assertEqual([], self.registry.functions())
+        with self.assertRaisesRegex(registry.NotFound, "no function 'hello'"):
+            self.registry.function('hello')
+        self.registry.commit_revision(function, number)
+        self.assertEqual(1, self.registry.function('hello').revision)
+
+    def test_a_redeploy_keeps_id_address_and_birthday_and_only_the_last_revision(self):
+        self.deploy('hello')
+        before = self.registry.function('hello')
+        function, number = self.registry.begin_revision('hello')
+        self.assertEqual((before, 2), (function, number))
+        self.assertEqual(1, self.registry.function('hello').revision)
+        self.registry.commit_revision(function, number)
+        self.assertEqual(before._replace(revision=2), self.registry.function('hello'))
+        self.assertEqual([(2, 'live')], self.sql('SELECT number, state FROM revisions'))
+
+    def test_a_failed_redeploy_leaves_what_was_live(self):
+        self.deploy('hello')
+        before = self.registry.function('hello')
+        self.registry.abandon_revision(*self.registry.begin_revision('hello'))
+        self.assertEqual(before, self.registry.function('hello'))
+        self.assertEqual((before, 2), self.registry.begin_revision('hello'))
+
+    def test_two_deploys_of_one_name_at_once_are_one(self):
+        started, outcomes = threading.Barrier(8), []
+
+        def begin():
+            started.wait()
+            try:
+                outcomes.append(self.registry.begin_revision('hello')[1])
+            except registry.NameTaken as error:
+                outcomes.append(str(error))
+
+        threads = [threading.Thread(target=begin) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual([1], [each for each in outcomes if isinstance(each, int)])
+        self.assertEqual({"another deploy of 'hello' is under way"}, {each for each in outcomes if each != 1})
+
+    def test_removal_while_deploying_is_refused(self):
+        with self.assertRaises(registry.NotFound):
+            self.registry.remove_function('hello')
+        self.deploy('hello')
+        function, number = self.registry.begin_revision('hello')
+        with self.assertRaisesRegex(registry.NameTaken, 'under way'):
+            self.registry.remove_function('hello')
+        self.registry.abandon_revision(function, number)
+        self.assertEqual('fd00:faa5:1:0::a', self.registry.remove_function('hello').ipv6)
+        self.assertEqual([], self.registry.functions())
+        self.assertEqual([], self.sql('SELECT * FROM revisions'))
+
+    def test_a_bad_or_reserved_name_gets_no_row_and_no_address(self):
+        for name in ('ns', '../x', ''):
+            with self.assertRaises(registry.BadName):
+                self.registry.begin_revision(name)
+        self.assertEqual([], self.sql('SELECT * FROM addresses'))
+
+    def test_the_id_of_a_removed_function_is_not_used_again(self):
+        self.deploy('hello')
+        first = self.registry.remove_function('hello').id
+        self.deploy('hello')
+        self.assertGreater(self.registry.function('hello').id, first)
+
+
+class TheFile(RegistryTest):
+    def test_state_is_the_same_after_reopening_at_each_step(self):
+        function, number = self.registry.begin_revision('hello')
+        self.assertEqual([], self.reopen().functions())
+        self.assertEqual([function.ipv6], self.registry.function_addresses())
+        self.registry.commit_revision(function, number)
+        self.assertEqual([function._replace(revision=1)], self.reopen().functions())
+        self.registry.begin_revision('hello')
+        self.assertEqual(1, self.reopen().function('hello').revision)
+        self.registry.begin_revision('other')
+        self.reopen().abandon_all()
+        self.assertEqual([function._replace(revision=1)], self.reopen().functions())
+        self.assertEqual([function.ipv6], self.registry.function_addresses())
+        self.assertEqual('fd00:faa5:1:0::b', self.deploy('other'))
+        peer = self.registry.add_peer('laptop', KEYS[0], 'admin', preshared_key=KEYS[1])
+        self.assertEqual([peer], self.reopen().peers())
+        self.registry.begin_peer_removal('laptop')
+        self.assertEqual(([], [('laptop', KEYS[0])]), (self.reopen().peers(), self.registry.removed_peers()))
+        self.registry.end_peer_removal('laptop')
+        self.assertEqual(([], []), (self.reopen().peers(), self.registry.removed_peers()))
+        invite = self.registry.add_invite('phone')
+        self.assertEqual(invite, self.reopen().invite(invite.id))
+
+    def test_what_tells_this_server_from_another_stays(self):
+        before = self.registry.instance
+        self.assertRegex(before, '^[0-9a-f]{6}$')
+        self.assertEqual(before, self.reopen().instance)
+
+    def test_it_is_private_as_are_its_companions(self):
+        self.deploy('hello')
+        folder = pathlib.Path(self.path).parent
+        modes = {each.name: stat.S_IMODE(each.stat().st_mode) for each in folder.iterdir()}
+        self.assertEqual({'registry.db': 0o600, 'registry.db-wal': 0o600, 'registry.db-shm': 0o600}, modes)
+
+    def test_it_survives_power_cuts_by_its_settings(self):
+        self.assertEqual([('wal',)], self.sql('PRAGMA journal_mode'))
+        self.assertEqual([(2,)], self.registry._rows('PRAGMA synchronous'))
+
+    def test_a_newer_schema_is_refused_and_left_alone(self):
+        self.assertEqual([(registry.SCHEMA_VERSION,)], self.sql('PRAGMA user_version'))
+        self.deploy('hello')
+        self.sql(f'PRAGMA user_version = {registry.SCHEMA_VERSION + 1}')
+        with self.assertRaisesRegex(registry.RegistryError, 'has schema 2, this faasd knows 1') as caught:
+            registry.Registry(self.path)
+        self.assertEqual('install the newer faasd', caught.exception.hint)
+        self.assertEqual([('hello',)], self.sql('SELECT name FROM functions'))
+
+    def test_kill_9_in_the_middle_of_many_changes_leaves_it_consistent(self):
+        code = (
+            'import itertools, sys, registry\nthe = registry.Registry(sys.argv[1])\n'
+            'for turn in itertools.count():\n'
+            '    name = f"f{turn % 5}"\n    begun = the.begin_revision(name)\n    print(flush=True)\n'
+            '    (the.abandon_revision if turn % 3 == 2 else the.commit_revision)(*begun)\n'
+            '    if turn % 7 == 6 and begun[0].revision: the.remove_function(name)\n'
+            '    the.next_serial()\n'
+        )
+        serial = 0
+        for lines in (1, 14, 37):
+            argv = [sys.executable, '-c', code, self.path]
+            with subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=lab.REPO) as process:
+                for _ in range(lines):
+                    self.assertEqual(b'\n', process.stdout.readline())
+                process.send_signal(signal.SIGKILL)
+            self.reopen().abandon_all()
+            self.assertEqual([('ok',)], self.sql('PRAGMA integrity_check'))
+            self.assertEqual([], self.sql('PRAGMA foreign_key_check'))
+            live = self.sql('SELECT id, revision FROM functions')
+            self.assertEqual(
+                sorted(live), sorted(self.sql("SELECT function, number FROM revisions WHERE state = 'live'"))
+            )
+            self.assertEqual(len(live), self.sql('SELECT count(*) FROM revisions')[0][0])
+            used = self.sql('SELECT host FROM addresses WHERE freed IS NULL')
+            self.assertEqual(
+                sorted(f'{FUNCTIONS}::{host:x}' for (host,) in used), sorted(self.registry.function_addresses())
+            )
+            before, serial = serial, self.registry.next_serial()
+            self.assertGreater(serial, before)
+
+
+class Peers(RegistryTest):
+    def test_a_taken_name_and_a_taken_key_are_refused(self):
+        self.registry.add_peer('laptop', KEYS[0])
+        with self.assertRaisesRegex(registry.NameTaken, "'laptop' exists already"):
+            self.registry.add_peer('laptop', KEYS[1])
+        with self.assertRaises(registry.KeyTaken) as caught:
+            self.registry.add_peer('phone', KEYS[0])
+        self.assertTrue(caught.exception.hint)
+        with self.assertRaises(registry.BadName):
+            self.registry.add_peer('../x', KEYS[1])
+        self.assertEqual('fd00:faa5:0:100::b', self.registry.add_peer('phone', KEYS[1]).ipv6)
+
+    def test_one_is_known_by_its_address(self):
+        laptop = self.registry.add_peer('laptop', KEYS[0])
+        self.assertEqual(laptop, self.registry.peer_at('fd00:faa5:0:100::a'))
+        self.assertIsNone(self.registry.peer_at('fd00:faa5:0:100::b'))
+        self.registry.begin_peer_removal('laptop')
+        self.assertIsNone(self.registry.peer_at('fd00:faa5:0:100::a'))
+
+    def test_an_adopted_address_is_its_own_and_given_to_nobody_else(self):
+        self.assertEqual('fd00:faa5:0:100::a', self.registry.add_peer('one', KEYS[0], ipv6='fd00:faa5:0:100::a').ipv6)
+        self.registry.add_peer('two', KEYS[1], ipv6='fd00:faa5:0:100::c')
+        with self.assertRaisesRegex(registry.AddressTaken, 'belongs to another peer'):
+            self.registry.add_peer('three', KEYS[2], ipv6='fd00:faa5:0:100::c')
+        given = [self.registry.add_peer(f'p{number}', KEYS[number]).ipv6 for number in (3, 4)]
+        self.assertEqual(['fd00:faa5:0:100::b', 'fd00:faa5:0:100::d'], given)
+
+    def test_an_adopted_address_outside_the_range_is_refused(self):
+        for ipv6 in (
+            'fd00:faa5:0:100::1',
+            'fd00:faa5:0:100::9',
+            'fd00:faa5:0:100::',
+            'fd00:faa5:0:100::1:a',
+            'fd00:faa5:0:100:1:2:3:4',
+            'fd00:faa5:1::a',
+            '2001:db8::a',
+            '::1',
+            '1:2:3:4:5:6:7:8',
+        ):
+            with self.subTest(ipv6), self.assertRaises(registry.AddressTaken):
+                self.registry.add_peer('laptop', KEYS[0], ipv6=ipv6)
+        self.assertEqual([], self.registry.peers())
+
+    def test_removal_is_two_steps_and_the_name_the_key_and_the_address_are_free_after_the_second(self):
+        with self.assertRaisesRegex(registry.NotFound, "no peer 'laptop'"):
+            self.registry.begin_peer_removal('laptop')
+        self.registry.add_peer('laptop', KEYS[0])
+        self.registry.begin_peer_removal('laptop')
+        self.registry.begin_peer_removal('laptop')
+        self.assertEqual([], self.registry.peers())
+        with self.assertRaises(registry.NameTaken):
+            self.registry.add_peer('laptop', KEYS[1])
+        self.registry.end_peer_removal('laptop')
+        self.assertEqual('fd00:faa5:0:100::b', self.registry.add_peer('laptop', KEYS[0]).ipv6)
+        self.registry.end_peer_removal('laptop')
+        self.assertEqual(['laptop'], [peer.name for peer in self.registry.peers()])
+
+
+class Invites(RegistryTest):
+    def redeem(self, invite, name='laptop', key=KEYS[0]):
+        return self.registry.redeem(invite.id, name, key)
+
+    def test_one_makes_one_peer_of_its_role(self):
+        peer = self.redeem(self.registry.add_invite(role='admin'))
+        self.assertEqual(('laptop', KEYS[0], 'admin'), (peer.name, peer.public_key, peer.role))
+        self.assertEqual([peer], self.registry.peers())
+
+    def test_the_same_key_is_answered_the_same_again_and_another_is_refused(self):
+        invite = self.registry.add_invite()
+        peer = self.redeem(invite)
+        self.reopen()
+        self.assertEqual(peer, self.redeem(invite))
+        self.assertEqual(peer, self.redeem(invite, name='other'))
+        with self.assertRaises(registry.BadInvite):
+            self.redeem(invite, key=KEYS[1])
+        self.assertEqual([peer], self.registry.peers())
+
+    def test_two_at_once_make_one_peer(self):
+        invite, outcomes = self.registry.add_invite(), []
+
+        def redeem(key):
+            try:
+                outcomes.append(self.redeem(invite, key=key))
+            except registry.BadInvite:
+                outcomes.append(None)
+
+        threads = [threading.Thread(target=redeem, args=(key,)) for key in KEYS[:8]]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(self.registry.peers(), [each for each in outcomes if each])
+
+    def test_the_answer_is_repeated_for_two_minutes(self):
+        invite = self.registry.add_invite()
+        self.redeem(invite)
+        for later_s, good in ((registry.INVITE_REPEAT_S - 5, True), (registry.INVITE_REPEAT_S + 5, False)):
+            with mock.patch.object(registry.time, 'time', return_value=time.time() + later_s):
+                self.assertEqual(good, self.registry.invites_open_for_s() > 0)
+                if good:
+                    self.redeem(invite)
+                else:
+                    self.assertRaises(registry.BadInvite, self.redeem, invite)
+
+    def test_an_expired_an_unknown_and_a_used_one_are_told_the_same(self):
+        told = set()
+        used, expired = self.registry.add_invite(), self.registry.add_invite(lifetime_s=0)
+        self.redeem(used)
+        for invite in (expired, used._replace(id='0' * 16), used):
+            with self.assertRaises(registry.BadInvite) as caught:
+                self.redeem(invite, key=KEYS[1])
+            told.add((str(caught.exception), caught.exception.hint))
+        self.assertEqual(1, len(told))
+
+    def test_a_removed_peers_is_dead_for_the_same_key_too(self):
+        invite = self.registry.add_invite()
+        self.redeem(invite)
+        self.registry.begin_peer_removal('laptop')
+        self.assertRaises(registry.BadInvite, self.redeem, invite)
+        self.registry.end_peer_removal('laptop')
+        self.assertRaises(registry.BadInvite, self.redeem, invite)
+        self.assertEqual([], self.registry.peers())
+
+    def test_without_a_name_of_its_own_it_makes_the_hosts_unique(self):
+        names = [self.redeem(self.registry.add_invite(), key=key).name for key in KEYS[:3]]
+        self.assertEqual(['laptop', 'laptop-2', 'laptop-3'], names)
+        long = [self.redeem(self.registry.add_invite(), 'a' * 63, key).name for key in KEYS[3:5]]
+        self.assertEqual(['a' * 63, 'a' * 61 + '-2'], long)
+        with self.assertRaises(registry.BadName):
+            self.redeem(self.registry.add_invite(), '../x', KEYS[9])
+
+    def test_with_a_name_it_keeps_that_for_its_peer(self):
+        invite = self.registry.add_invite('laptop')
+        with self.assertRaisesRegex(registry.NameTaken, 'open invite'):
+            self.registry.add_invite('laptop')
+        self.assertEqual('laptop-2', self.redeem(self.registry.add_invite(), key=KEYS[1]).name)
+        self.assertEqual('laptop', self.redeem(invite, name='whatever').name)
+        with self.assertRaises(registry.NameTaken):
+            self.registry.add_invite('laptop')
+        with self.assertRaises(registry.BadName):
+            self.registry.add_invite('../x')
+
+    def test_a_taken_key_leaves_the_invite_good(self):
+        self.registry.add_peer('other', KEYS[0])
+        invite = self.registry.add_invite()
+        self.assertRaises(registry.KeyTaken, self.redeem, invite)
+        self.assertEqual('laptop', self.redeem(invite, key=KEYS[1]).name)
+
+    def test_it_is_open_from_its_making_to_its_end(self):
+        self.assertEqual(0, self.registry.invites_open_for_s())
+        self.registry.add_invite(lifetime_s=500)
+        self.assertAlmostEqual(500, self.registry.invites_open_for_s(), delta=5)
+        with mock.patch.object(registry.time, 'time', return_value=time.time() + 501):
+            self.assertEqual(0, self.registry.invites_open_for_s())
+
+    def test_its_token_is_the_words_of_the_contract_and_a_check_against_cut_ends(self):
+        invite = self.registry.add_invite('laptop')
+        token = invite.token('203.0.113.10:51820', 'faas.example.com', KEYS[0])
+        text, _, check = token.removeprefix('faas1_').partition('.')
+        self.assertEqual(hashlib.sha256(text.encode()).hexdigest()[:8], check)
+        fields = json.loads(base64.urlsafe_b64decode(text + '=' * (-len(text) % 4)))
+        secret = base64.urlsafe_b64encode(invite.secret).decode().rstrip('=')
+        self.assertEqual(
+            {
+                'i': invite.id,
+                's': secret,
+                'a': '203.0.113.10:51820',
+                'e': 'faas.example.com',
+                'k': KEYS[0],
+                'n': 'laptop',
+            },
+            fields,
+        )
+        self.assertEqual((16, 32), (len(invite.id), len(invite.secret)))
+
+    def test_its_proof_is_over_fields_that_cannot_pose_as_others(self):
+        invite = self.registry.add_invite()
+        expected = hmac.new(invite.secret, b'\0\0\0\2ab\0\0\0\3\xc3\xa4c', 'sha256').hexdigest()
+        self.assertEqual(expected, invite.proof('ab', 'äc'))
+        self.assertEqual(expected, invite.proof(b'ab', 'äc'.encode()))
+        self.assertNotEqual(invite.proof('ab', 'c'), invite.proof('a', 'bc'))
+
+
+class Serials(RegistryTest):
+    def test_the_first_is_the_documents(self):
+        self.assertEqual(2025001, self.registry.next_serial())
+
+    def test_it_rises_across_reopening_and_above_what_was_seen(self):
+        given = [self.registry.next_serial() for _ in range(3)]
+        given.append(self.reopen().next_serial())
+        given.append(self.registry.next_serial(seen=3000000))
+        given.append(self.registry.next_serial(seen=5))
+        self.assertEqual([2025001, 2025002, 2025003, 2025004, 3000001, 3000002], given)
+
+    def test_it_wraps_as_rfc_1982_says_and_is_never_0(self):
+        after = registry.serial_after
+        self.assertEqual(1, after(0xFFFFFFFF))
+        self.assertEqual(0xFFFFFFFF, after(0xFFFFFFFE))
+        self.assertEqual(3, after(0xFFFFFFF0, 2))
+        self.assertEqual(3, after(2, 0xFFFFFFF0))
+        self.assertEqual(0x80000000, after(1, 0x7FFFFFFF))
+        self.assertEqual(8, after(7, None))
+        self.assertEqual(
+            0xFFFFFFFF, self.registry.next_serial(seen=0x80000000) and self.registry.next_serial(0xFFFFFFFE)
+        )
+        self.assertEqual([1, 2], [self.reopen().next_serial(), self.reopen().next_serial()])
+
+
+class Projections(unittest.TestCase):
+    def test_callers_that_wait_share_one_run(self):
+        runs, gate = [], threading.Event()
+
+        def apply():
+            runs.append(len(runs))
+            gate.wait(10)
+
+        projection = registry.Projection(apply)
+        threads = [threading.Thread(target=projection.sync) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        lab.wait_until(lambda: projection._wanted == 20, 5, 'twenty callers')
+        gate.set()
+        for thread in threads:
+            thread.join()
+        self.assertLessEqual(len(runs), 3)
+        self.assertFalse(projection.stale)
+
+    def test_each_caller_sees_a_run_that_began_after_its_call(self):
+        truth, seen, wrong = [0], [None], []
+        lock = threading.Lock()
+
+        def apply():
+            seen[0] = truth[0]
+
+        projection = registry.Projection(apply)
+
+        def change():
+            for _ in range(50):
+                with lock:
+                    truth[0] += 1
+                    mine = truth[0]
+                projection.sync()
+                if seen[0] < mine:
+                    wrong.append(mine)
+
+        threads = [threading.Thread(target=change) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual([], wrong)
+
+    def test_an_error_reaches_the_caller_and_the_next_good_run_makes_up_for_it(self):
+        outcomes = [OSError('the disk is full'), None]
+
+        def apply():
+            outcome = outcomes.pop(0)
+            if outcome:
+                raise outcome
+
+        projection = registry.Projection(apply)
+        self.assertFalse(projection.stale)
+        with self.assertRaisesRegex(OSError, 'the disk is full'):
+            projection.sync()
+        self.assertTrue(projection.stale)
+        projection.sync()
+        self.assertFalse(projection.stale)
+
+
+if __name__ == '__main__':
+    unittest.main()
