@@ -1,0 +1,176 @@
+"""Programs are run as asked, their failures say why, and files are replaced whole."""
+
+import os
+import pathlib
+import signal
+import socket
+import stat
+import tempfile
+import unittest
+from unittest import mock
+
+import shell
+from tests import lab
+
+
+class InFolder(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+
+
+class Run(InFolder):
+    def test_text_goes_in_and_comes_out(self):
+        self.assertEqual('grüße\n', shell.run(['cat'], input='grüße\n').stdout)
+        with open('/dev/zero') as zero:
+            self.assertEqual('\0\0', shell.run(['head', '-c2'], stdin=zero).stdout)
+        self.assertEqual('', shell.run(['cat']).stdout)
+
+    def test_an_exit_code_that_is_not_ok_is_an_error_that_has_everything(self):
+        argv = ['sh', '-c', 'echo out; echo first >&2; echo why >&2; exit 3']
+        with self.assertRaises(shell.CommandError) as caught:
+            shell.run(argv)
+        error = caught.exception
+        self.assertEqual(
+            (argv, 3, 'out\n', 'first\nwhy\n', 'why'),
+            (error.argv, error.exit_code, error.stdout, error.stderr, error.reason),
+        )
+        self.assertEqual('sh: why', str(error))
+        self.assertEqual(3, shell.run(argv, ok=(0, 3)).returncode)
+
+    def test_a_silent_failure_is_told_by_its_exit_code(self):
+        with self.assertRaisesRegex(shell.CommandError, 'sh: exit code 7'):
+            shell.run(['sh', '-c', 'exit 7'])
+
+    def test_a_missing_program_is_named_with_what_installs_it(self):
+        for start in (shell.run, shell.start):
+            with self.assertRaisesRegex(shell.CommandError, 'no-such-program: not installed .make deps') as caught:
+                start(['no-such-program'])
+            self.assertIsNone(caught.exception.exit_code)
+
+    def test_one_that_is_too_slow_is_ended(self):
+        mark = self.folder / 'pid'
+        with self.assertRaisesRegex(shell.CommandError, 'no end after 0.3 s'):
+            shell.run(['sh', '-c', f'echo $$ >{mark}; exec sleep 1000'], timeout_s=0.3)
+        self.assertFalse(os.path.exists(f'/proc/{mark.read_text().strip()}'))
+
+    def test_output_that_is_no_utf_8_is_no_error(self):
+        self.assertEqual('a\ufffdb', shell.run(['printf', r'a\377b']).stdout)
+
+    def test_each_argv_is_logged_before_it_runs_and_what_is_fed_is_not(self):
+        with self.assertLogs('faasd.shell', 'DEBUG') as logged:
+            shell.run(['cat', '-'], input='secret')
+        self.assertEqual(['DEBUG:faasd.shell:+ cat -'], logged.output)
+
+
+class Start(InFolder):
+    def test_it_has_a_session_of_its_own_and_its_output_can_be_read(self):
+        with shell.start(
+            ['sh', '-c', 'echo $MORE; echo err >&2; exec sleep 1000'], output=True, MORE='seen'
+        ) as process:
+            self.assertEqual([b'seen\n', b'err\n'], [process.stdout.readline(), process.stdout.readline()])
+            self.assertEqual(process.pid, os.getsid(process.pid))
+            process.terminate()
+            self.assertEqual(-signal.SIGTERM, process.wait(5))
+
+
+class RunWithFds(InFolder):
+    def test_it_gets_just_those_at_their_numbers(self):
+        with open(self.folder / 'out', 'w+b') as out, open('/dev/zero') as zero:
+            fds = {1: out.fileno(), 7: zero.fileno()}
+            code = shell.run_with_fds(['sh', '-c', 'for fd in /proc/self/fd/*; do readlink $fd; done; exit 5'], fds)
+            out.seek(0)
+            seen = out.read().decode().split('\n')
+        self.assertEqual(5, code)
+        self.assertEqual(1, seen.count('/dev/zero'))
+        self.assertIn('/dev/null', seen)
+        self.assertNotIn('/dev/zero', [os.readlink(f'/proc/self/fd/{fd}') for fd in (0, 1, 2)])
+
+    def test_a_number_may_be_the_one_it_has_here(self):
+        reader, writer = os.pipe()
+        try:
+            self.assertEqual(0, shell.run_with_fds(['sh', '-c', f'echo here >&{writer}'], {writer: writer}))
+            self.assertEqual(b'here\n', os.read(reader, 100))
+        finally:
+            os.close(reader)
+            os.close(writer)
+
+    def test_a_death_by_signal_and_a_missing_program_are_told(self):
+        self.assertEqual(-signal.SIGKILL, shell.run_with_fds(['sh', '-c', 'kill -9 $$'], {}))
+        with self.assertRaisesRegex(shell.CommandError, 'not installed'):
+            shell.run_with_fds(['no-such-program'], {})
+
+    def test_one_that_is_too_slow_is_ended_and_nothing_leaks(self):
+        before = os.listdir('/proc/self/fd')
+        with self.assertRaisesRegex(shell.CommandError, 'no end'):
+            shell.run_with_fds(['sleep', '1000'], {}, timeout_s=0.2)
+        self.assertEqual(before, os.listdir('/proc/self/fd'))
+
+
+class Files(InFolder):
+    def test_a_file_is_replaced_whole_with_its_mode_and_nothing_else_remains(self):
+        path = self.folder / 'file'
+        shell.write_file(path, 'old', mode=0o600)
+        held = open(path)
+        shell.write_file(path, b'new', mode=0o600)
+        with held:
+            self.assertEqual('old', held.read())
+        self.assertEqual('new', path.read_text())
+        self.assertEqual(0o600, stat.S_IMODE(path.stat().st_mode))
+        self.assertEqual(['file'], os.listdir(self.folder))
+
+    def test_when_any_step_fails_the_old_one_stays_and_nothing_else(self):
+        path = self.folder / 'file'
+        shell.write_file(path, 'old')
+        for step in ('fsync', 'fchmod', 'replace'):
+            with mock.patch.object(shell.os, step, side_effect=OSError(28, 'No space left')), self.subTest(step):
+                self.assertRaises(OSError, shell.write_file, path, 'new')
+                self.assertEqual(('old', ['file']), (path.read_text(), os.listdir(self.folder)))
+
+    def test_the_folder_is_synced_after_the_new_name_stands(self):
+        steps = []
+        real_replace, real_fsync = os.replace, os.fsync
+
+        def fsync(fd):
+            steps.append('folder' if os.path.isdir(f'/proc/self/fd/{fd}') else 'file')
+            real_fsync(fd)
+
+        def replace(*both):
+            steps.append('replace')
+            real_replace(*both)
+
+        with mock.patch.object(shell.os, 'fsync', fsync), mock.patch.object(shell.os, 'replace', replace):
+            shell.write_file(self.folder / 'file', 'text')
+        self.assertEqual(['file', 'replace', 'folder'], steps)
+
+    def test_a_file_that_is_gone_can_be_removed(self):
+        path = self.folder / 'file'
+        path.touch()
+        shell.remove_file(path)
+        shell.remove_file(path)
+        self.assertEqual([], os.listdir(self.folder))
+
+
+class StartTime(unittest.TestCase):
+    def test_it_tells_a_process_from_a_later_one_and_is_none_for_none(self):
+        mine = shell.start_time(os.getpid())
+        self.assertEqual(mine, shell.start_time(os.getpid()))
+        with shell.start(['sleep', '1000']) as process:
+            self.assertGreaterEqual(shell.start_time(process.pid), mine)
+            process.kill()
+        self.assertIsNone(shell.start_time(process.pid))
+
+    def test_a_name_with_brackets_and_blanks_does_not_confuse_it(self):
+        with tempfile.TemporaryDirectory() as folder:
+            program = pathlib.Path(folder, 'a) S 1 (b')
+            program.symlink_to('/bin/sleep')
+            with shell.start([str(program), '1000']) as process:
+                stat_file = pathlib.Path(f'/proc/{process.pid}/stat')
+                lab.wait_until(lambda: b'a) S 1 (b' in stat_file.read_bytes(), 5, 'exec')
+                self.assertGreaterEqual(shell.start_time(process.pid), shell.start_time(os.getpid()))
+                process.kill()
+
+
+if __name__ == '__main__':
+    unittest.main()
