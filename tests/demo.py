@@ -79,6 +79,7 @@ class Stage:
         self.prompt(host, command)
         process, stream = self._start(host, ['sh', '-c', command])
         watchdog = threading.Timer(COMMAND_TIMEOUT_S, process.kill)
+        watchdog.daemon = True
         watchdog.start()
         output = []
         with stream:

@@ -232,9 +232,9 @@ def keep(name, *folders):
         signal.signal(each, signal.SIG_IGN)
     others = faas_cgroups()
     boot = subprocess.Popen(['unshare', '--net', '--mount', '--uts', '--ipc', '--pid', '--fork',
-                             '--kill-child', 'sh', '-c', BOOT, 'host', name, *folders], text=True,
+                             '--kill-child', 'sh', '-c', 'eval "$BOOT"', 'host', name, *folders], text=True,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            env={**os.environ, 'NAMESERVER': NAMESERVER})
+                            env={**os.environ, 'BOOT': BOOT, 'NAMESERVER': NAMESERVER})
     pid = boot.stdout.readline().strip()
     if not pid:
         sys.exit(boot.wait() or 1)

@@ -48,6 +48,10 @@ def cgroups(name):
     return glob.glob(f'/sys/fs/cgroup/**/{name}', recursive=True)
 
 
+def programs(host):
+    return [comm.read_text().strip() for comm in host.path('/proc').glob('[0-9]*/comm')]
+
+
 def machine():
     """What of this machine a host could have changed."""
     links = subprocess.run(['ip', '-o', 'address'], capture_output=True, text=True, check=True).stdout
@@ -137,9 +141,9 @@ class Hosts(unittest.TestCase):
                 host.run(['sh', '-c', 'echo why >&2; exit 3'])
             with self.assertRaises(subprocess.TimeoutExpired):
                 host.run(['sleep', '1000'], timeout_s=0.1)
-            lab.wait_until(lambda: 'sleep' not in host.run(['ps', '-e']).stdout, 5, 'the end of sleep')
+            lab.wait_until(lambda: programs(host) == ['cat'], 5, 'the end of sleep')
             host.run(['sh', '-c', 'sleep 0.01 & exit'])
-            lab.wait_until(lambda: 'defunct' not in host.run(['ps', '-e']).stdout, 5, 'no orphan')
+            lab.wait_until(lambda: programs(host) == ['cat'], 5, 'the orphan to be reaped')
 
     def test_it_can_be_closed_twice_and_is_closed_then(self):
         host = lab.Host('host')
@@ -176,7 +180,7 @@ class Hosts(unittest.TestCase):
 
             def ask(host):
                 for _ in range(20):
-                    seen[host].append(host.run(['sh', '-c', 'uname -n; ps -o args= 1']).stdout)
+                    seen[host].append(host.run(['sh', '-c', 'uname -n; cat /proc/1/comm']).stdout)
             threads = [threading.Thread(target=ask, args=(host,)) for host in (one, two)]
             for thread in threads:
                 thread.start()
