@@ -1,0 +1,336 @@
+"""Runs Python in a lab host: a test method there uses the server's modules on real parts, and fails as any other."""
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import json
+import os
+import pathlib
+import pickle
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+import unittest
+
+from handlers import container, protocol
+from tests import lab
+
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWNET = 0x20000, 0x4000000, 0x8000000, 0x40000000
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+NOBODY = 65534
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def enter(path, kind):
+    """Put this thread into the namespace at `path`. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if libc.setns(fd, kind):
+            raise OSError(ctypes.get_errno(), f'setns: {os.strerror(ctypes.get_errno())}')
+    finally:
+        os.close(fd)
+
+
+def call(host, function, *args, timeout_s=60):
+    """What function(*args) returns in a process of `host`, root there as a daemon would be.
+
+    Raises AssertionError with its traceback, SkipTest as it did, TimeoutError.
+    """
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        _enter_and_call(host, function, args, writer)
+    os.close(writer)
+    deadline, data = time.monotonic() + timeout_s, b''
+    try:
+        while len(data) < 8 or len(data) < 8 + struct.unpack_from('Q', data)[0]:
+            ready, _, _ = select.select([reader], [], [], max(0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError(f'{function.__name__} did not end within {timeout_s} s')
+            chunk = os.read(reader, 65536)
+            if not chunk:
+                raise AssertionError(f'{function.__name__} died in {host.name}')
+            data += chunk
+    finally:
+        os.kill(child, signal.SIGKILL)  # it only waited; its own child goes with it
+        os.waitpid(child, 0)
+        os.close(reader)
+    kind, value = pickle.loads(data[8:])
+    if kind == 'skip':
+        raise unittest.SkipTest(value)
+    if kind == 'error':
+        raise AssertionError(f'in {host.name}:\n{value}')
+    return value
+
+
+def _enter_and_call(host, function, args, writer):
+    try:
+        enter(f'/proc/{host.pid}/ns/pid', lab.CLONE_NEWPID)
+        if os.fork():
+            signal.pause()
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        entered = {'net': CLONE_NEWNET, 'uts': CLONE_NEWUTS, 'ipc': CLONE_NEWIPC, 'mnt': CLONE_NEWNS}
+        fds = {kind: os.open(f'/proc/{host.pid}/ns/{kind}', os.O_RDONLY | os.O_CLOEXEC) for kind in entered}
+        for kind, fd in fds.items():
+            if libc.setns(fd, entered[kind]):
+                raise OSError(ctypes.get_errno(), 'setns')
+            os.close(fd)
+        os.chdir(lab.REPO)
+        environ = lab.environment()
+        os.environ.clear()
+        os.environ.update(environ)
+        answer = 'value', function(*args)
+    except unittest.SkipTest as skip:
+        answer = 'skip', str(skip)
+    except BaseException:
+        answer = 'error', traceback.format_exc()
+    data = pickle.dumps(answer)
+    data = struct.pack('Q', len(data)) + data
+    while data:
+        data = data[os.write(writer, data) :]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def inside(method):
+    """A test method that runs in `self.host`."""
+
+    @functools.wraps(method)
+    def run(self):
+        call(self.host, method, self)
+
+    return run
+
+
+@lab.needs_root
+class InHost(unittest.TestCase):
+    """Tests that share one host, self.host."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.host = lab.Host('server')
+        cls.addClassCleanup(cls.host.close)
+
+
+# Containers, in a host
+
+
+LIMITS = container.Limits(memory=256 << 20, pids=64, cpus=2)
+
+
+@contextlib.contextmanager
+def containers(limits=LIMITS, run_dir='/run/faasd', name=''):
+    """Prepared Containers that are closed at the end."""
+    them = container.Containers(f'faas-t{os.getpid()}{name}-{time.monotonic_ns() & 0xFFFFFF:x}', limits, run_dir)
+    them.prepare()
+    try:
+        yield them
+    finally:
+        them.close()
+
+
+class Instance:
+    """One instance as the pool would hold it: a container, its channel, its output. Ends with the context."""
+
+    def __init__(self, containers, source, name='test', files=()):
+        self._containers, self._number, self.done = containers, 0, []
+        self.ready = self.failed = self.reason = None
+        self.folder = pathlib.Path(f'/var/lib/functions/{os.urandom(4).hex()}')
+        self.folder.mkdir(parents=True)
+        for path, text in {'handler.py': source, **dict(files)}.items():
+            (self.folder / path).write_text(text)
+        self.channel, theirs = protocol.pair()
+        self._output, writer = os.pipe()
+        fcntl.fcntl(self._output, fcntl.F_SETPIPE_SZ, 1 << 20)
+        os.set_blocking(self._output, False)
+        self._text = b''
+        self._listener = socket.socket(socket.AF_INET6)
+        self._listener.bind(('::1', 0))
+        self._listener.listen(256)
+        try:
+            self.container = containers.start(name, 1, str(self.folder), theirs.fileno(), writer)
+        finally:
+            theirs.close()
+            os.close(writer)
+        self.pid = self.container.pid
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.end()
+        self._listener.close()
+        self.channel.close()
+        os.close(self._output)
+
+    def end(self):
+        """Kill it if it runs, and remove it; why it ended."""
+        if self.reason is None:
+            self.container.kill()
+            self.reason = self._containers.remove(self.container)
+        return self.reason
+
+    def wait_end(self, timeout_s=10):
+        """Why it ended by itself."""
+        ended = select.poll()
+        ended.register(self.container.pidfd, select.POLLIN)
+        if not ended.poll(timeout_s * 1000):
+            raise TimeoutError(f'the instance runs on; it said: {self.output()}')
+        return self.end()
+
+    def hear(self):
+        """Take in what the runtime has said; False after its end."""
+        while True:
+            try:
+                message, fd = protocol.receive(self.channel)
+            except BlockingIOError:
+                return True
+            except ConnectionError:
+                return False
+            assert fd is None, 'the runtime sent a descriptor'
+            if not message:
+                return False
+            kind, rest = message[:1], message[1:]
+            if kind == protocol.READY:
+                self.ready = rest.decode()
+            elif kind == protocol.FAILED:
+                self.failed = rest.decode()
+            elif kind == protocol.DONE:
+                self.done.append(protocol.number_of(message))
+            else:
+                assert message == protocol.HELLO + bytes((protocol.VERSION,)), message
+
+    def wait_up(self):
+        """Self, once it is ready; AssertionError with its output if it never will be."""
+        lab.wait_until(lambda: not self.hear() or self.ready or self.failed, 15, f'readiness: {self.output()}')
+        if not self.ready:
+            raise AssertionError(f'it does not start: {self.failed}\n{self.output()}')
+        return self
+
+    def wait_failed(self):
+        """The reason with which it refuses to start."""
+        lab.wait_until(lambda: not self.hear() or self.ready or self.failed, 15, 'a refusal')
+        return self.failed
+
+    def output(self):
+        """Everything that the function printed so far."""
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(self._output, 65536):
+                self._text += chunk
+        return self._text.decode(errors='replace')
+
+    def connect(self, first=b''):
+        """A client's connection, which was handed over; `first` was sent before."""
+        client = socket.create_connection(self._listener.getsockname()[:2])
+        client.settimeout(10)
+        client.sendall(first)
+        accepted, _ = self._listener.accept()
+        with accepted:
+            self.hand_over(accepted)
+        return client
+
+    def hand_over(self, connection):
+        protocol.send_connection(self.channel, self._number, connection)
+        self._number += 1
+
+    def ask(self, request=b'GET / HTTP/1.0\r\n\r\n'):
+        """Everything that one connection gets for `request`, as bytes."""
+        with self.connect(request) as client:
+            return read_all(client)
+
+    def stop(self, idle_s=0):
+        protocol.send_number(self.channel, protocol.STOP, idle_s)
+
+    def wait_done(self, count):
+        lab.wait_until(lambda: self.hear() is None or len(self.done) >= count, 10, f'{count} times done')
+
+
+def read_all(client):
+    data = b''
+    while chunk := client.recv(65536):
+        data += chunk
+    return data
+
+
+def read_response(client):
+    """(status, headers, body) of one HTTP answer on a connection that may stay open."""
+    data = b''
+    while b'\r\n\r\n' not in data:
+        chunk = client.recv(65536)
+        if not chunk:
+            raise EOFError(data)
+        data += chunk
+    head, _, body = data.partition(b'\r\n\r\n')
+    status, *lines = head.decode().split('\r\n')
+    headers = {key.lower(): value for key, value in (line.split(': ', 1) for line in lines)}
+    while len(body) < int(headers.get('content-length', 0)):
+        body += client.recv(65536)
+    return int(status.split()[1]), headers, body
+
+
+class Expressions(Instance):
+    """An instance that evaluates Python text and answers in JSON: ('ok', value) or (error's name, errno or text)."""
+
+    SOURCE = """
+import ctypes, errno, json, os, socket, subprocess, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def syscall(number, *args):
+    result = libc.syscall(number, *args)
+    if result == -1:
+        raise OSError(ctypes.get_errno(), 'syscall')
+    return result
+def handle(connection, address):
+    with connection.makefile('rb') as file:
+        text = file.readline().decode()
+    names = {**globals(), 'connection': connection, 'address': address}
+    try:
+        answer = 'ok', eval(json.loads(text), names)
+    except OSError as error:
+        answer = 'OSError', errno.errorcode.get(error.errno)
+    except BaseException as error:
+        answer = type(error).__name__, str(error)
+    connection.sendall(json.dumps(answer, default=repr).encode())
+"""
+
+    def __init__(self, containers, name='test'):
+        super().__init__(containers, self.SOURCE, name)
+
+    def eval(self, text):
+        """[how it went, value] of the expression there."""
+        return json.loads(self.ask(json.dumps(text).encode() + b'\n'))
+
+    def value(self, text):
+        how, value = self.eval(text)
+        assert how == 'ok', f'{text}: {how} {value}'
+        return value
+
+
+def together(functions):
+    """Run them in threads at once; their results, or the first error."""
+    results, errors = [None] * len(functions), []
+
+    def run(index, function):
+        try:
+            results[index] = function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=each) for each in enumerate(functions)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
