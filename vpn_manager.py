@@ -129,7 +129,7 @@ def parse_peer(text):
 
 def split_endpoint(text, default_port):
     """(host, port) of 'host', 'host:port', an IPv4 or IPv6 address or '[IPv6]:port'; raises VPNError."""
-    match = re.fullmatch(r'\[([0-9a-fA-F:.]+)\](?::(\d+))?|([^\s:\[\]/]+)(?::(\d+))?|([0-9a-fA-F:.]+)', text)
+    match = re.fullmatch(r'\[([0-9a-fA-F:.]+)\](?::([0-9]+))?|([^\s:\[\]/]+)(?::([0-9]+))?|([0-9a-fA-F:.]+)', text)
     host, port = (match[1] or match[3] or match[5], match[2] or match[4]) if match else (None, None)
     try:
         if ':' in (host or ''):
@@ -154,6 +154,7 @@ class VPNManager:
         self.peers_dir = os.path.join(directory, 'peers')
         self._directory, self._emit = directory, emit
         self._complained = {}  # peer file → what was said of it, so that it is said once
+        self._loaded = None  # the table as it was when it was loaded
 
     # Keys and files
 
@@ -365,16 +366,19 @@ class VPNManager:
                 f'the nftables table inet {self.table} cannot be loaded: {error.reason}',
                 'a passed socket opens the host without it; install nftables (make deps), and a kernel with nft_socket',
             ) from error
+        self._loaded = self._listing()
 
     def rules_loaded(self):
-        """True if the table is in place with its chains (a flush leaves the table or takes it; either shows)."""
+        """True if the table is as load_rules left it: no flush, no rule less, none in the place of another."""
+        return self._loaded is not None and self._listing() == self._loaded
+
+    def _listing(self):
+        """The table as nft sees it, less what changes by itself; None without it."""
         try:
-            listing = json.loads(shell.run(['nft', '--json', 'list', 'table', 'inet', self.table]).stdout)
-        except (shell.CommandError, ValueError):
-            return False
-        return sum('rule' in item for item in listing['nftables']) == len(
-            re.findall(r'accept$|drop$|return$', RULES, re.M)
-        )
+            text = shell.run(['nft', '--json', 'list', 'table', 'inet', self.table]).stdout
+        except shell.CommandError:
+            return None
+        return re.sub(r'"(handle|packets|bytes)": \d+', '', text)
 
     def remove_rules(self):
         shell.run(['nft', '-f', '-'], input=f'table inet {self.table}\ndelete table inet {self.table}\n')

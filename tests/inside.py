@@ -104,11 +104,15 @@ def _enter_and_call(host, function, args, writer):
 
 
 def inside(method):
-    """A test method that runs in `self.host`."""
+    """A test method that runs in `self.host`; what it enters into `self.stack` ends there too."""
+
+    def body(self):
+        with contextlib.ExitStack() as self.stack:
+            method(self)
 
     @functools.wraps(method)
     def run(self):
-        call(self.host, method, self)
+        call(self.host, body, self)
 
     return run
 

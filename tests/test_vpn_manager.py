@@ -1,0 +1,519 @@
+"""Keys, peer files, addresses and the table: what is written, and that the real wg0 and nft agree with it."""
+
+import base64
+import os
+import pathlib
+import re
+import stat
+import subprocess
+import tempfile
+import time
+import unittest
+
+import registry
+import shell
+import vpn_manager
+from tests import inside, lab
+
+KEYS = [base64.b64encode(bytes((number,)) * 32).decode() for number in range(1, 30)]
+
+
+def peer(number, name=None, **more):
+    row = registry.Peer(name or f'peer{number}', KEYS[number], None, f'fd00:faa5:0:100::{number + 10:x}', 'peer', 0)
+    return row._replace(**more)
+
+
+class Keys(unittest.TestCase):
+    def test_a_key_as_wg_prints_it_is_good(self):
+        for key in (*KEYS, subprocess.run(['wg', 'genkey'], capture_output=True, text=True).stdout.strip()):
+            self.assertEqual(key, vpn_manager.check_key(key))
+
+    def test_anything_else_is_refused_in_one_line_with_a_hint(self):
+        good = KEYS[0]
+        for bad in (
+            [
+                '',
+                good[:-1],
+                good + '=',
+                good[:-2] + 'B=',
+                good + '\n',
+                ' ' + good,
+                good[:-1] + 'é',
+                good.replace('A', '_'),
+            ]
+            + [
+                base64.b64encode(bytes(32)).decode(),
+                base64.b64encode(b'x' * 31).decode(),
+                base64.b64encode(b'x' * 33).decode(),
+            ]
+            + [None, 7, good.encode(), [good], 'AQEB\nPublicKey = x']
+        ):
+            with self.subTest(bad), self.assertRaises(vpn_manager.BadKey) as caught:
+                vpn_manager.check_key(bad)
+            self.assertNotIn('\n', str(caught.exception))
+            self.assertTrue(caught.exception.hint)
+
+
+class PeerFiles(unittest.TestCase):
+    GOOD = f'# Client: laptop\n[Peer]\nPublicKey = {KEYS[0]}\nAllowedIPs = fd00:faa5:0:100::a/128\n'
+
+    def test_the_documents_form_is_read(self):
+        self.assertEqual((KEYS[0], None, 'fd00:faa5:0:100::a'), vpn_manager.parse_peer(self.GOOD))
+
+    def test_so_is_what_a_person_may_write(self):
+        for text in (
+            self.GOOD.rstrip('\n'),
+            self.GOOD.replace('\n', '\r\n'),
+            self.GOOD.replace(' = ', '='),
+            self.GOOD.replace('/128', ''),
+            self.GOOD.replace('Peer', 'peer').replace('PublicKey', 'publickey').replace('\n', ' # words\n'),
+            '\n\n' + self.GOOD + '\n \n',
+            self.GOOD.replace('fd00:faa5:0:100::a', 'FD00:FAA5:0000:0100::000A'),
+        ):
+            with self.subTest(text):
+                self.assertEqual((KEYS[0], None, 'fd00:faa5:0:100::a'), vpn_manager.parse_peer(text))
+
+    def test_a_preshared_key_is_kept(self):
+        text = self.GOOD + f'PresharedKey = {KEYS[1]}\n'
+        self.assertEqual((KEYS[0], KEYS[1], 'fd00:faa5:0:100::a'), vpn_manager.parse_peer(text))
+
+    def test_what_would_harm_others_is_refused_with_one_line(self):
+        peer_line, key_line = '[Peer]\n', f'PublicKey = {KEYS[0]}\n'
+        for text in (
+            '\ufeff' + self.GOOD,
+            self.GOOD.replace('#', ';'),
+            self.GOOD.replace(key_line, ''),
+            self.GOOD.replace(peer_line, ''),
+            self.GOOD.replace('AllowedIPs = fd00:faa5:0:100::a/128\n', ''),
+            self.GOOD.replace('fd00:faa5:0:100::a/128', '0.0.0.0/0'),
+            self.GOOD.replace('fd00:faa5:0:100::a/128', '::/0'),
+            self.GOOD.replace('fd00:faa5:0:100::a/128', 'fd00:faa5:0:100::/64'),
+            self.GOOD.replace('/128', '/128, fd00:faa5:0:100::b/128'),
+            self.GOOD.replace('/128', '/129'),
+            self.GOOD + self.GOOD,
+            self.GOOD + key_line,
+            self.GOOD + '[Interface]\n',
+            '[Interface]\nPrivateKey = x\n' + self.GOOD,
+            self.GOOD + 'PostUp = reboot\n',
+            self.GOOD + 'Endpoint = somewhere.example:1\n',
+            self.GOOD + 'words\n',
+            self.GOOD + 'PresharedKey = short\n',
+            self.GOOD.replace(KEYS[0], base64.b64encode(bytes(32)).decode()),
+            '\0\0',
+            '',
+        ):
+            with self.subTest(text), self.assertRaises((vpn_manager.BadPeerFile, vpn_manager.BadKey)) as caught:
+                vpn_manager.parse_peer(text)
+            self.assertNotIn('\n', str(caught.exception))
+
+
+class Endpoints(unittest.TestCase):
+    def test_each_way_to_write_one(self):
+        for text, host, port in (
+            ('faas.example.com', 'faas.example.com', 51820),
+            ('faas.example.com:443', 'faas.example.com', 443),
+            ('localhost', 'localhost', 51820),
+            ('203.0.113.10', '203.0.113.10', 51820),
+            ('203.0.113.10:1', '203.0.113.10', 1),
+            ('[2001:db8::1]:65535', '2001:db8::1', 65535),
+            ('[2001:db8::1]', '2001:db8::1', 51820),
+            ('2001:db8::1', '2001:db8::1', 51820),
+            ('::1', '::1', 51820),
+            ('::ffff:203.0.113.10', '::ffff:203.0.113.10', 51820),
+        ):
+            with self.subTest(text):
+                self.assertEqual((host, port), vpn_manager.split_endpoint(text, 51820))
+                again = vpn_manager.join_endpoint(host, port)
+                self.assertEqual((host, port), vpn_manager.split_endpoint(again, 1))
+
+    def test_what_is_none(self):
+        for text in [
+            '',
+            ':51820',
+            'host:',
+            'host:0',
+            'host:65536',
+            'host:x',
+            'a b',
+            '[2001:db8::1',
+            '2001:db8::1]:1',
+            '[::1]:0',
+        ] + ['http://host', 'host:1:2', '[host]:1', ':::', '[]:1', 'host\n', 'host:٣']:
+            with self.subTest(text), self.assertRaises(vpn_manager.VPNError) as caught:
+                vpn_manager.split_endpoint(text, 51820)
+        self.assertIn('[IPv6]:port', caught.exception.hint)
+
+
+class ServerFiles(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder, self.events = pathlib.Path(folder.name, 'wireguard'), []
+        self.manager = vpn_manager.VPNManager(
+            lambda area, text, **_: self.events.append(text),
+            registry.GATEWAY,
+            'faas.example.com',
+            directory=self.folder,
+        )
+        self.manager.ensure_keys()
+
+    def mode(self, name):
+        return stat.S_IMODE((self.folder / name).stat().st_mode)
+
+    def test_keys_are_made_private_once_and_kept(self):
+        private = (self.folder / 'server_private.key').read_text()
+        self.assertEqual((0o600, 0o700), (self.mode('server_private.key'), self.mode('peers')))
+        derived = subprocess.run(['wg', 'pubkey'], input=private, capture_output=True, text=True).stdout.strip()
+        self.assertEqual(derived, self.manager.get_server_public_key())
+        self.manager.ensure_keys()
+        self.assertEqual(private, (self.folder / 'server_private.key').read_text())
+        self.assertEqual(1, len(self.events))
+
+    def test_a_public_key_that_is_wrong_or_missing_is_derived_and_a_loose_mode_is_tightened(self):
+        right = self.manager.get_server_public_key()
+        public, private = self.folder / 'server_public.key', self.folder / 'server_private.key'
+        public.write_text(KEYS[0] + '\n')
+        private.chmod(0o644)
+        self.manager.ensure_keys()
+        self.assertEqual((right, 0o600), (self.manager.get_server_public_key(), self.mode('server_private.key')))
+        public.unlink()
+        self.manager.ensure_keys()
+        self.assertEqual(right, self.manager.get_server_public_key())
+
+    def test_a_private_key_without_a_newline_is_a_key(self):
+        private = self.folder / 'server_private.key'
+        private.write_text(private.read_text().strip())
+        right = self.manager.get_server_public_key()
+        self.manager.ensure_keys()
+        self.assertEqual(right, self.manager.get_server_public_key())
+
+    def test_a_private_key_that_is_none_is_an_error_and_stays(self):
+        (self.folder / 'server_private.key').write_text('garbage\n')
+        with self.assertRaises(vpn_manager.BadKey):
+            self.manager.ensure_keys()
+        self.assertEqual('garbage\n', (self.folder / 'server_private.key').read_text())
+
+    def test_wg0_conf_is_in_the_documents_form_without_its_routing_and_kept_once_there(self):
+        self.manager.write_wg0_conf()
+        private = (self.folder / 'server_private.key').read_text().strip()
+        text = (self.folder / 'wg0.conf').read_text()
+        self.assertTrue(
+            text.startswith(
+                f'[Interface]\nAddress = fd00:faa5:0:100::1/64\nListenPort = 51820\nPrivateKey = {private}\n\n'
+                '# Client peers (dynamically managed by faasd)\n'
+            ),
+            text,
+        )
+        self.assertNotRegex(text, 'PostUp|FORWARD|SaveConfig')
+        self.assertEqual(0o600, self.mode('wg0.conf'))
+        (self.folder / 'wg0.conf').write_text('mine')
+        self.manager.write_wg0_conf()
+        self.assertEqual('mine', (self.folder / 'wg0.conf').read_text())
+
+    def test_a_peer_file_is_the_documents_to_the_letter(self):
+        self.manager.add_peer(peer(0, 'laptop'))
+        text = (self.folder / 'peers/laptop.conf').read_text()
+        self.assertEqual(PeerFiles.GOOD, text)
+        self.assertEqual(0o600, self.mode('peers/laptop.conf'))
+        self.manager.add_peer(peer(0, 'laptop', preshared_key=KEYS[1]))
+        text = (self.folder / 'peers/laptop.conf').read_text()
+        self.assertEqual((KEYS[0], KEYS[1], 'fd00:faa5:0:100::a'), vpn_manager.parse_peer(text))
+
+    def test_a_newcomer_is_told_the_documents_three_fields(self):
+        self.assertEqual(
+            {
+                'ipv6': 'fd00:faa5:0:100::a',
+                'server_public_key': self.manager.get_server_public_key(),
+                'endpoint': 'faas.example.com',
+            },
+            self.manager.create_client_config('fd00:faa5:0:100::a'),
+        )
+
+    def test_links_and_folders_in_peers_are_no_peer_files(self):
+        peers = self.folder / 'peers'
+        (peers / 'a.conf').write_bytes(b'\xff')
+        (peers / 'b.conf').symlink_to('/etc/passwd')
+        (peers / 'c.conf').mkdir()
+        (peers / 'd.conf~').touch()
+        self.assertEqual({'a': '\ufffd'}, self.manager.peer_files())
+
+    def test_a_bad_file_is_named_once_for_each_reason(self):
+        self.events.clear()
+        for why in ('no key', 'no key', 'no address', 'no key'):
+            self.manager.complain('laptop', why)
+        self.assertEqual(3, len(self.events))
+        self.assertIn('peers/laptop.conf: no key', self.events[0])
+
+
+class Live(inside.InHost):
+    """On the real interface: the kernel's WireGuard, or wireguard-go."""
+
+    def setUp(self):
+        self.events = []
+
+    def up(self):
+        """A manager with its wg0 up. In the host."""
+        manager = vpn_manager.VPNManager(
+            lambda area, text, **_: self.events.append(text), registry.GATEWAY, '203.0.113.10'
+        )
+        manager.ensure_keys()
+        process = manager.bring_up()
+        self.stack.callback(manager.take_down, process)
+        return manager
+
+    @staticmethod
+    def shown(field):
+        return shell.run(['wg', 'show', 'wg0', field]).stdout
+
+    def allowed(self):
+        return dict(line.split('\t') for line in self.shown('allowed-ips').splitlines())
+
+    def tearDown(self):
+        for path in self.host.path('/etc/wireguard/peers').glob('*'):
+            path.unlink()
+
+    @inside.inside
+    def test_it_comes_up_with_our_key_port_and_address_and_goes_without_a_trace(self):
+        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, '203.0.113.10')
+        manager.ensure_keys()
+        with self.assertRaisesRegex(vpn_manager.VPNError, 'there is no interface wg0') as caught:
+            manager.check_interface()
+        self.assertIn('--standalone', caught.exception.hint)
+        self.assertEqual({}, manager.handshakes())
+        process = manager.bring_up()
+        manager.check_interface()
+        self.assertEqual('51820\n', self.shown('listen-port'))
+        self.assertEqual(manager.get_server_public_key(), self.shown('public-key').strip())
+        self.assertTrue(manager.present())
+        manager.take_down(process)
+        self.assertFalse(manager.present())
+        self.assertNotIn('wireguard-go', shell.run(['ps', '-e']).stdout)
+        self.assertEqual([], [each for each in os.listdir('/run') if each.startswith('faasd-')])
+        manager.take_down()
+
+    @inside.inside
+    def test_an_interface_that_is_not_ours_is_told_with_what_to_do(self):
+        manager = self.up()
+        shell.run(['ip', '-6', 'address', 'del', f'{registry.GATEWAY}/64', 'dev', 'wg0'])
+        with self.assertRaisesRegex(vpn_manager.VPNError, 'does not have the address'):
+            manager.check_interface()
+        shell.run(['ip', '-6', 'address', 'add', f'{registry.GATEWAY}/64', 'dev', 'wg0'])
+        shell.run(['wg', 'set', 'wg0', 'private-key', '/dev/stdin'], input=shell.run(['wg', 'genkey']).stdout)
+        with self.assertRaisesRegex(vpn_manager.VPNError, 'runs with another key'):
+            manager.check_interface()
+        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x', interface='lo')
+        with self.assertRaisesRegex(vpn_manager.VPNError, 'lo is no WireGuard interface'):
+            manager.check_interface()
+
+    @inside.inside
+    def test_files_and_wg0_hold_just_the_peers_at_each_step(self):
+        manager = self.up()
+        one, two = peer(0, 'one'), peer(1, 'two', preshared_key=KEYS[5])
+        for peers, removed in (
+            ([one, two], ()),
+            ([two], ['one']),
+            ([one, two], ()),
+            ([], ['one', 'two']),
+            ([], ['one']),
+        ):
+            manager.project(peers, removed)
+            self.assertEqual({each.public_key: f'{each.ipv6}/128' for each in peers}, self.allowed())
+            files = manager.peer_files()
+            self.assertEqual({each.name for each in peers}, files.keys())
+            for each in peers:
+                self.assertEqual(
+                    (each.public_key, each.preshared_key, each.ipv6), vpn_manager.parse_peer(files[each.name])
+                )
+            # An empty list of peers must not take the key and the port along.
+            self.assertEqual('51820\n', self.shown('listen-port'))
+            self.assertEqual(manager.get_server_public_key(), self.shown('public-key').strip())
+        self.assertEqual([], [each for each in os.listdir('/run') if each.startswith('faasd-')])
+
+    @inside.inside
+    def test_a_preshared_key_reaches_wg0(self):
+        manager = self.up()
+        manager.project([peer(0, preshared_key=KEYS[5]), peer(1)])
+        self.assertEqual(
+            {f'{KEYS[0]}\t{KEYS[5]}', f'{KEYS[1]}\t(none)'}, set(self.shown('preshared-keys').splitlines())
+        )
+
+    @inside.inside
+    def test_a_broken_file_stops_nobody_and_is_left_as_it_is(self):
+        manager = self.up()
+        broken = pathlib.Path(manager.peers_dir, 'broken.conf')
+        broken.write_bytes(b'\xef\xbb\xbf; no\n[Peer]')
+        manager.project([peer(0)])
+        self.assertEqual([KEYS[0]], list(self.allowed()))
+        self.assertEqual(b'\xef\xbb\xbf; no\n[Peer]', broken.read_bytes())
+        manager.project([], ['peer0'])
+        self.assertEqual(['broken.conf'], os.listdir(manager.peers_dir))
+
+    @inside.inside
+    def test_a_file_that_was_changed_by_hand_is_written_again(self):
+        manager = self.up()
+        manager.project([peer(0)])
+        path = pathlib.Path(manager.peers_dir, 'peer0.conf')
+        before = path.read_text()
+        path.write_text('words')
+        manager.project([peer(0)])
+        self.assertEqual(before, path.read_text())
+        stamp = path.stat().st_mtime_ns
+        manager.project([peer(0)])
+        self.assertEqual(stamp, path.stat().st_mtime_ns)
+
+    @inside.inside
+    def test_a_sync_that_fails_is_an_error_and_its_file_with_the_key_is_gone(self):
+        manager = self.up()
+        manager.take_down()
+        lab.wait_until(lambda: not manager.present(), 5, 'the end of wg0')
+        with self.assertRaises(shell.CommandError) as caught:
+            manager.project([peer(0)])
+        self.assertNotIn(manager._private_key(), ' '.join(caught.exception.argv))
+        self.assertEqual([], [each for each in os.listdir('/run') if each.startswith('faasd-')])
+
+    @inside.inside
+    def test_the_file_for_wg_is_private(self):
+        with vpn_manager.private_file('text') as path:
+            self.assertEqual((0o600, 'text'), (stat.S_IMODE(os.stat(path).st_mode), pathlib.Path(path).read_text()))
+        self.assertFalse(os.path.exists(path))
+
+    @inside.inside
+    def test_only_function_addresses_are_added_and_taken_away(self):
+        manager = self.up()
+        manager.project_addresses(['fd00:faa5:1:0::a', 'fd00:faa5:1:0::b'])
+        shell.run(['ip', '-6', 'address', 'add', '2001:db8:5::1/128', 'dev', 'wg0'])
+        own = {registry.GATEWAY, '2001:db8:5::1'}
+        for wanted in (['fd00:faa5:1:0::b', 'fd00:faa5:1:0::ffff'], [], ['fd00:faa5:1:0::a'], ['fd00:faa5:1:0::a']):
+            manager.project_addresses(wanted)
+            found = {str(each) for each in manager._addresses() if not each.is_link_local}
+            self.assertEqual({vpn_manager.ipaddress.IPv6Address(each).compressed for each in {*wanted, *own}}, found)
+        self.assertEqual(4, sum('Configured fd00:faa5:1:0::' in text for text in self.events), self.events)
+        self.assertIn('Configured fd00:faa5:1:0::ffff/128 on wg0 interface', self.events)
+
+    @inside.inside
+    def test_an_address_can_be_bound_at_once(self):
+        manager = self.up()
+        addresses = [f'fd00:faa5:1:0::{host:x}' for host in range(10, 60)]
+        manager.project_addresses(addresses)
+        for address in addresses:
+            with vpn_manager.socket.socket(vpn_manager.socket.AF_INET6) as sock:
+                sock.bind((address, 80, 0, 0))
+
+    @inside.inside
+    def test_the_table_is_there_and_every_way_to_lose_it_is_noticed(self):
+        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x')
+        self.assertFalse(manager.rules_loaded())
+        manager.load_rules()
+        self.assertTrue(manager.rules_loaded())
+        manager.load_rules()
+        self.assertTrue(manager.rules_loaded())
+        handles = re.findall(r'(drop|accept|return) # handle (\d+)', self.nft('-a', 'list', 'table', 'inet', 'faas'))
+        self.assertEqual(13, len(handles))
+        chains = re.findall(r'chain (\w+) \{ # handle', self.nft('-a', 'list', 'table', 'inet', 'faas'))
+        self.assertEqual(['input', 'output', 'forward'], chains)
+        for command in (
+            ['flush', 'ruleset'],
+            ['flush', 'table', 'inet', 'faas'],
+            ['delete', 'table', 'inet', 'faas'],
+            *(['flush', 'chain', 'inet', 'faas', chain] for chain in chains),
+        ):
+            self.nft(*command)
+            self.assertFalse(manager.rules_loaded(), command)
+            manager.load_rules()
+            self.assertTrue(manager.rules_loaded(), command)
+        for index in range(len(handles)):
+            text = self.nft('-a', 'list', 'table', 'inet', 'faas')
+            chain = None
+            rules = []
+            for line in text.splitlines():
+                chain = (re.match(r'\s*chain (\w+)', line) or [None, chain])[1]
+                if found := re.search(r'(?:drop|accept|return) # handle (\d+)', line):
+                    rules.append((chain, found[1]))
+            self.nft('delete', 'rule', 'inet', 'faas', rules[index][0], 'handle', rules[index][1])
+            self.assertFalse(manager.rules_loaded(), rules[index])
+            manager.load_rules()
+        manager.remove_rules()
+        self.assertFalse(manager.rules_loaded())
+        manager.remove_rules()
+        self.assertEqual('', self.nft('list', 'ruleset'))
+
+    @inside.inside
+    def test_a_rule_that_was_put_in_the_place_of_another_is_noticed(self):
+        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x')
+        manager.load_rules()
+        self.stack.callback(manager.remove_rules)
+        text = self.nft('-a', 'list', 'chain', 'inet', 'faas', 'output')
+        handle = re.search(r'drop # handle (\d+)', text)[1]
+        self.nft('replace', 'rule', 'inet', 'faas', 'output', 'handle', handle, 'counter', 'accept')
+        self.assertFalse(manager.rules_loaded())
+
+    @inside.inside
+    def test_other_tables_are_left_alone(self):
+        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x')
+        self.nft('add', 'table', 'inet', 'mine')
+        manager.load_rules()
+        manager.remove_rules()
+        self.assertEqual('table inet mine\n', self.nft('list', 'tables'))
+        self.nft('delete', 'table', 'inet', 'mine')
+
+    @staticmethod
+    def nft(*arguments):
+        return shell.run(['nft', *arguments]).stdout
+
+    @inside.inside
+    def test_without_nft_there_is_an_error_with_a_hint(self):
+        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x')
+        os.environ['PATH'] = '/nowhere'
+        self.assertFalse(manager.rules_loaded())
+        with self.assertRaisesRegex(vpn_manager.VPNError, 'cannot be loaded') as caught:
+            manager.load_rules()
+        self.assertIn('install nftables', caught.exception.hint)
+
+
+@lab.needs_root
+class Tunnel(unittest.TestCase):
+    def test_a_real_peers_handshake_is_seen_and_outlives_a_projection(self):
+        with lab.pair() as (server, laptop):
+            private = laptop.run(['wg', 'genkey']).stdout
+            public = laptop.run(['wg', 'pubkey'], input=private).stdout.strip()
+            row = peer(0, 'laptop', public_key=public)
+
+            def begin():
+                manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x')
+                manager.ensure_keys()
+                self.process = manager.bring_up()
+                manager.project([row, peer(1)])
+                return manager.get_server_public_key(), manager.handshakes()
+
+            key, handshakes = inside.call(server, begin)
+            self.assertEqual({public: None, KEYS[1]: None}, handshakes)
+            if laptop.run(['ip', 'link', 'add', 'wg-faas', 'type', 'wireguard'], ok=None).returncode:
+                laptop.run(['wireguard-go', 'wg-faas'])
+            laptop.run(
+                ['wg', 'setconf', 'wg-faas', '/dev/stdin'],
+                input=f'[Interface]\nPrivateKey = {private}\n[Peer]\nPublicKey = {key}\n'
+                'Endpoint = 203.0.113.10:51820\nAllowedIPs = fd00:faa5::/32\n',
+            )
+            laptop.run(['ip', 'address', 'add', f'{row.ipv6}/64', 'dev', 'wg-faas', 'nodad'])
+            laptop.run(['ip', 'link', 'set', 'wg-faas', 'up'])
+            laptop.run(['ping', '-c1', '-W5', registry.GATEWAY])
+
+            def again():
+                manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x')
+                before = manager.handshakes()
+                manager.project([row, peer(1), peer(2)])
+                after = manager.handshakes()
+                manager.project([peer(1)], ['laptop'])
+                return before, after, manager.handshakes(), time.time()
+
+            before, after, removed, _ = inside.call(server, again)
+            self.assertLess(before[public], 30)
+            self.assertGreaterEqual(before[public], 0)
+            self.assertIsNone(before[KEYS[1]])
+            self.assertIsNotNone(after[public])  # no new session was needed
+            self.assertEqual({KEYS[1]: None}, removed)
+            self.assertTrue(laptop.run(['ping', '-c1', '-W1', registry.GATEWAY], ok=(1,)))
+
+
+if __name__ == '__main__':
+    unittest.main()
