@@ -105,22 +105,27 @@ class Stage:
         self.prompt(host, f'{settings}{command}')
         process = host.popen([sys.executable, *shlex.split(command)[1:]], env=env, text=True, errors='replace',
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-        is_ready = threading.Event()
+        log, decided = [], threading.Event()
 
         def follow():
             for line in process.stdout:
+                log.append(line)
                 self.line(f'  {line.rstrip()}', '2')
                 if ready in line:
-                    is_ready.set()
-            is_ready.set()
+                    decided.set()
+            decided.set()
 
         follower = threading.Thread(target=follow, daemon=True)
         follower.start()
-        if not is_ready.wait(COMMAND_TIMEOUT_S) or process.poll() is not None:
+        decided.wait(COMMAND_TIMEOUT_S)
+        if not any(ready in line for line in log):
             raise StepFailed(f'`{command}` did not start')
         yield process
         process.wait(COMMAND_TIMEOUT_S)
         follower.join()
+        process.stdout.close()
+        if any('Traceback' in line for line in log):
+            raise StepFailed(f'`{command}` stumbled: see its log above')
 
     def _start(self, host, argv):
         """(process, file of its output): on a terminal of its own if we are on one, else on a pipe."""
