@@ -901,6 +901,9 @@ do('ip', '-6', 'address', 'add', GATEWAY + '/64', 'dev', 'wg0', 'nodad')
 do('ip', 'link', 'set', 'wg0', 'mtu', '1420', 'up')
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
     def send(self, value, **headers):
         self.send_response(200)
         for name, text in headers.items():
