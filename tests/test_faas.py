@@ -1168,6 +1168,16 @@ Saved VPN Configurations:
                     self.faas('vpn', 'disconnect')
                     self.assert_as_before()
 
+    def test_a_registration_outlives_a_connection_that_fails(self):
+        self.forget()
+        self.laptop.run(['rm', '-f', '/tmp/calls'])
+        done = self.faas('vpn', 'connect', '--server', '203.0.113.10', ok=(1,),
+                         env={'PATH': '/opt/trap:' + os.environ['PATH'], 'FAIL_AT': '8', 'FAIL_MODE': 'fail'})
+        self.assertRegex(done.stderr, 'error: Added peer: server: failed: .*no luck with call 8')
+        self.assertIn('the config is saved: ./faas vpn connect default', done.stderr)
+        self.assert_as_before()
+        self.assert_works()
+
     def test_connect_mends_what_a_killed_connect_left(self):
         _, count = self.calls('none')
         self.faas('vpn', 'disconnect')
