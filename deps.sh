@@ -4,7 +4,9 @@
 set -eu
 
 COREDNS_MODULE=v1.15.0                              # built where there is a Go
-COREDNS_RELEASE=1.14.6                              # else fetched ready-made, with these digests
+# Else fetched ready-made. The digests are those that packagers of this release pin (Arch Linux's coredns-bin; for
+# amd64 others agree); compare them with the .sha256 files beside the archives when you change the version.
+COREDNS_RELEASE=1.14.6
 COREDNS_SHA256_amd64=4402578c8f7b95dac1d8258bfd13e7a9d30f70d7a53f396b02a6d6ca78d56152
 COREDNS_SHA256_arm64=a99987b82977a791e232fcb828133cb645130481cc36af6e06fbf938326d2c3e
 # A daemon that is root runs it, so it lies where only root writes and where sudo's PATH finds it.
