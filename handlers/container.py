@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import resource
 import secrets
 import select
@@ -247,7 +248,8 @@ class Containers:
             return Container(ident, pid, pidfd, slot)
         except BaseException as error:
             self._delete(ident)
-            self._slots.discard(slot)
+            with self._lock:
+                self._slots.discard(slot)
             if isinstance(error, (OSError, shell.CommandError)):
                 raise ContainerError(str(error)) from error
             raise
@@ -270,7 +272,8 @@ class Containers:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _delete(self, ident):
-        shell.run([*self._runc, 'delete', '--force', ident], ok=range(256))
+        with contextlib.suppress(shell.CommandError):  # the folder goes, even if runc has gone
+            shell.run([*self._runc, 'delete', '--force', ident], ok=range(256))
         shutil.rmtree(os.path.join(self._instances, ident), ignore_errors=True)
 
     @staticmethod
@@ -280,9 +283,12 @@ class Containers:
 
     @staticmethod
     def _runc_said(path):
+        """Why runc failed, from its log: the first fatal line, since those after it are only its consequences."""
         with contextlib.suppress(OSError), open(path) as file:
             lines = file.read().strip().splitlines()
-            return lines[-1].partition('msg=')[2].strip('"') or lines[-1] if lines else None
+            fatal = [line for line in lines if 'level=fatal' in line] or lines[-1:]
+            said = [line.partition('msg=')[2].strip('"') or line for line in fatal]
+            return re.sub(r'^nsexec-\d\[\d+\]: ', '', said[0]) if said else None
 
     def _cgroups(self):
         """The folders of this server's cgroup in each hierarchy: one on cgroup v2, one for each controller on v1."""

@@ -1,0 +1,423 @@
+"""What a function can see and do in its real container, what its limits do, and that nothing of it remains."""
+
+import glob
+import json
+import os
+import pathlib
+import signal
+import tempfile
+import threading
+import unittest
+
+import shell
+from handlers import container
+from tests import inside, lab
+
+# Numbers of x86_64 and, where they differ, of arm64; both are tried by their own kernel's table.
+SYSCALLS = {
+    'x86_64': {'mount': 165, 'unshare': 272, 'ptrace': 101, 'setns': 308, 'bpf': 321, 'keyctl': 250, 'open_tree': 428}
+    | {'io_uring_setup': 425, 'clone3': 435, 'userfaultfd': 323, 'perf_event_open': 298, 'umount2': 166, 'clone': 56},
+    'aarch64': {'mount': 40, 'unshare': 97, 'ptrace': 117, 'setns': 268, 'bpf': 280, 'keyctl': 219, 'open_tree': 428}
+    | {'io_uring_setup': 425, 'clone3': 435, 'userfaultfd': 282, 'perf_event_open': 241, 'umount2': 39, 'clone': 220},
+}[os.uname().machine]
+
+STATUS = 'dict(line.rstrip("\\n").split(":\\t", 1) for line in open("/proc/self/status"))'
+
+
+class Sees(inside.InHost):
+    """One instance answers all of these."""
+
+    def run_in(self, *expressions):
+        with inside.containers() as them, inside.Expressions(them, 'hello') as instance:
+            instance.wait_up()
+            return [instance.eval(each) for each in expressions]
+
+    def values(self, *expressions):
+        answers = self.run_in(*expressions)
+        for expression, (how, value) in zip(expressions, answers, strict=True):
+            self.assertEqual('ok', how, f'{expression}: {value}')
+        return [value for _, value in answers]
+
+    @inside.inside
+    def test_its_own_small_world(self):
+        pathlib.Path('/run/secret').write_text('x')
+        pathlib.Path('/var/lib/secret').write_text('x')
+        root, run, var, function, host, pids, me, links, mounts = self.values(
+            'sorted(os.listdir("/"))',
+            'os.listdir("/run")',
+            'os.listdir("/var")',
+            'os.listdir("/function")',
+            'socket.gethostname()',
+            'sorted(int(name) for name in os.listdir("/proc") if name.isdigit())',
+            'os.getpid()',
+            'os.listdir("/sys")',
+            'open("/proc/self/mountinfo").read().splitlines()',
+        )
+        self.assertLessEqual(
+            set(root),
+            {'bin', 'sbin', 'lib', 'lib32', 'lib64', 'libx32', 'control.sock', 'dev', 'etc', 'function', 'opt'}
+            | {'proc', 'run', 'sys', 'tmp', 'usr', 'var'},
+        )
+        self.assertEqual(([], ['tmp'], []), (run, var, links))
+        self.assertEqual(['handler.py'], function)
+        self.assertEqual('hello', host)
+        self.assertEqual((pids[-1], 1), (me, pids[0]))
+        self.assertLessEqual(len(pids), 2)
+        writable = {line.split()[4] for line in mounts if line.split()[5].startswith('rw')}
+        self.assertLessEqual(writable, {'/proc', '/dev', '/dev/shm', '/run', '/tmp'} | hidden(mounts))
+
+    @inside.inside
+    def test_nothing_of_the_host(self):
+        before = pathlib.Path('/etc/shadow').read_text()
+        self.assertIn('root', before)
+        answers = self.run_in(
+            'open("/etc/shadow").read()',
+            'open("/root/.profile").read()',
+            'os.listdir("/var/lib/faasd")',
+            'os.listdir("/home")',
+            'open("/proc/1/environ").read()',
+            'open("/proc/kcore", "rb").read(1)',
+            'open("/usr/x", "w")',
+            'open("/function/x", "w")',
+            'open("/x", "w")',
+            'open("/etc/passwd", "a")',
+            'open("/opt/faas/runtime.py", "a")',
+            'open("/proc/sys/kernel/hostname", "w").write("x")',
+            'open("/proc/sysrq-trigger", "w").write("h")',
+            'os.mknod("/tmp/null", 0o020666, os.makedev(1, 3)) or open("/tmp/null")',
+        )
+        for answer in answers[:4]:
+            self.assertEqual(['OSError', 'ENOENT'], answer)
+        self.assertNotIn('secret', str(answers[4]))
+        self.assertIn(answers[5], (['ok', "b''"], ['OSError', 'EACCES'], ['OSError', 'ENOENT']))
+        for answer in answers[6:]:
+            self.assertEqual('OSError', answer[0], answers)
+
+    @inside.inside
+    def test_no_network_but_what_it_was_handed(self):
+        links, routes, connect, local = self.run_in(
+            'open("/proc/net/dev").read().splitlines()[2:]',
+            'open("/proc/net/ipv6_route").read().splitlines()',
+            'socket.create_connection(("203.0.113.20", 80), timeout=1)',
+            'socket.create_connection(("::1", 8080), timeout=1)',
+        )
+        self.assertEqual(['lo'], [line.split(':')[0].strip() for line in links[1]])
+        self.assertEqual('OSError', connect[0])
+        self.assertEqual('OSError', local[0])
+        self.assertEqual('ok', routes[0])
+
+    @inside.inside
+    def test_no_capability_no_new_privileges_and_a_filter(self):
+        status, uid_map, gid_map, uid, groups, limit, core = self.values(
+            STATUS,
+            'open("/proc/self/uid_map").read().split()',
+            'open("/proc/self/gid_map").read().split()',
+            '(os.getuid(), os.getgid())',
+            'os.getgroups()',
+            '__import__("resource").getrlimit(7)',
+            '__import__("resource").getrlimit(4)',
+        )
+        for kind in ('CapInh', 'CapPrm', 'CapEff', 'CapBnd', 'CapAmb'):
+            self.assertEqual(0, int(status[kind], 16), kind)
+        self.assertEqual(('1', '2'), (status['NoNewPrivs'], status['Seccomp']))
+        for ids in (uid_map, gid_map):
+            self.assertEqual(('0', '1'), (ids[0], ids[2]))
+            self.assertGreaterEqual(int(ids[1]), 0x70000000)
+        self.assertEqual([0, 0], uid)
+        self.assertEqual([], [group for group in groups if group != 65534])
+        self.assertEqual([0, 0], core)
+        self.assertLessEqual(limit[1], 8192)
+
+    @inside.inside
+    def test_ways_to_more_kernel_are_refused(self):
+        new = {'mnt': 0x20000, 'user': 0x10000000, 'net': 0x40000000, 'pid': 0x20000000, 'cgroup': 0x2000000}
+        answers = self.run_in(
+            *(
+                f'syscall({number}, 0, 0, 0, 0, 0)'
+                for name, number in SYSCALLS.items()
+                if name not in ('clone', 'clone3')
+            ),
+            *(f'syscall({SYSCALLS["clone"]}, {flag | 17}, 0, 0, 0, 0)' for flag in new.values()),
+            f'syscall({SYSCALLS["unshare"]}, {new["user"]})',
+            'os.setuid(1)',
+            'os.chroot("/tmp")',
+            'os.sethostname("x") if hasattr(os, "sethostname") else socket.sethostname("x")',
+        )
+        self.assertEqual([['OSError', 'EPERM']] * (len(answers) - 3), answers[:-3])
+        self.assertEqual({'OSError'}, {how for how, _ in answers[-3:]})
+        self.assertEqual([['OSError', 'ENOSYS']], self.run_in(f'syscall({SYSCALLS["clone3"]}, 0, 0)'))
+
+    @inside.inside
+    def test_a_passed_sockets_ioctls_are_refused_whatever_their_upper_half_is(self):
+        ioctl = {'x86_64': 16, 'aarch64': 29}[os.uname().machine]
+        buffer = 'ctypes.create_string_buffer(4096)'
+        answers = self.run_in(
+            f'__import__("fcntl").ioctl(connection, 0x8912, {buffer})',  # SIOCGIFCONF
+            f'__import__("fcntl").ioctl(connection, 0x8927, {buffer})',
+            f'syscall({ioctl}, connection.fileno(), ctypes.c_ulong(0x100008912), {buffer})',
+            f'syscall({ioctl}, connection.fileno(), ctypes.c_ulong(0x89ff), {buffer})',
+            f'syscall({ioctl}, connection.fileno(), ctypes.c_ulong(0x8900), {buffer})',
+        )
+        self.assertEqual([['OSError', 'EPERM']] * 5, answers)
+        (unread,) = self.values('__import__("fcntl").ioctl(connection, 0x541B, bytes(4))[0]')  # FIONREAD passes
+        self.assertEqual(0, unread)
+
+    @inside.inside
+    def test_it_can_write_to_tmp_start_programs_and_use_threads(self):
+        tmp, out, thread, shm, null, home = self.values(
+            'open("/tmp/x", "w").write("text") and open("/var/tmp/x").read()',
+            'subprocess.run(["sh", "-c", "echo $0 $HOME; id -u"], capture_output=True, text=True).stdout',
+            '__import__("concurrent.futures").futures.ThreadPoolExecutor().submit(os.getpid).result() == os.getpid()',
+            '__import__("multiprocessing").Lock().acquire()',
+            'open("/dev/null", "w").write("x") and len(open("/dev/urandom", "rb").read(5))',
+            'os.path.expanduser("~")',
+        )
+        self.assertEqual(('text', 'sh /tmp\n0\n', True, True, 5, '/tmp'), (tmp, out, thread, shm, null, home))
+
+    @inside.inside
+    def test_tmp_is_bounded_and_not_executable(self):
+        answers = self.run_in(
+            'open("/tmp/big", "wb").write(bytes(80 << 20))',
+            'open("/tmp/run", "w").write("#!/bin/sh\\n") and os.chmod("/tmp/run", 0o755)',
+            'subprocess.run(["/tmp/run"])',
+        )
+        self.assertEqual([['OSError', 'ENOSPC'], ['ok', None], ['OSError', 'EACCES']], answers)
+
+    @inside.inside
+    def test_no_descriptor_of_the_daemon_is_in_it(self):
+        (fds,) = self.values(
+            '{fd: os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")'
+            ' if os.path.lexists(f"/proc/self/fd/{fd}")}'
+        )
+        kinds = sorted(target.partition(':')[0] for target in fds.values())
+        self.assertEqual(
+            {'/dev/null', 'anon_inode', 'pipe', 'socket'}, {each for each in kinds if not each.startswith('/proc')}
+        )
+        self.assertEqual(2, kinds.count('socket'))  # the channel and this connection
+
+
+class Limits(inside.InHost):
+    @inside.inside
+    def test_memory_kills_and_the_reason_says_so(self):
+        with inside.containers(inside.LIMITS._replace(memory=48 << 20)) as them:
+            with inside.Expressions(them) as instance:
+                instance.wait_up()
+                client = instance.connect(json.dumps('len(b"x" * (200 << 20))').encode() + b'\n')
+                self.assertEqual('ran out of memory (its limit is 48 MiB)', instance.wait_end())
+                client.close()
+            with inside.Expressions(them) as instance:
+                self.assertEqual(3, instance.wait_up().value('1 + 2'))
+                instance.container.kill()
+                self.assertEqual('ended by SIGKILL', instance.wait_end())
+
+    @inside.inside
+    def test_processes_and_threads_are_bounded(self):
+        with inside.containers(inside.LIMITS._replace(pids=16)) as them, inside.Expressions(them) as instance:
+            instance.wait_up()
+            how, what = instance.eval('[subprocess.Popen(["sleep", "100"]) for _ in range(30)]')
+            self.assertEqual(('OSError', 'EAGAIN'), (how, what))
+            self.assertEqual(3, instance.value('1 + 2'))
+
+    @inside.inside
+    def test_cores_are_bounded(self):
+        with inside.containers(inside.LIMITS._replace(cpus=0.25)) as them, inside.Expressions(them) as instance:
+            instance.wait_up()
+            used, took = instance.value(
+                '(lambda t, c: ([None for _ in iter(lambda: t.time() < c[0] + 0.6, False)],'
+                ' (t.process_time() - c[1], t.time() - c[0]))[1])'
+                '(*(lambda t: (t, (t.time(), t.process_time())))(__import__("time")))'
+            )
+            self.assertLess(used / took, 0.5)
+
+
+class Life(inside.InHost):
+    @staticmethod
+    def cgroups(them):
+        return glob.glob(f'/sys/fs/cgroup/{them.prefix}') + glob.glob(f'/sys/fs/cgroup/*/{them.prefix}')
+
+    def check_nothing_remains(self, them, ids=()):
+        self.assertEqual([], self.cgroups(them))
+        for ident in ids:
+            self.assertEqual([], glob.glob(f'/sys/fs/cgroup/**/{ident}', recursive=True))
+        self.assertEqual([], os.listdir('/run/faasd'))
+        self.assertNotIn('/run/faasd', pathlib.Path('/proc/self/mountinfo').read_text())
+
+    @inside.inside
+    def test_two_instances_have_different_ids_and_slots_are_used_again(self):
+        with inside.containers() as them:
+            seen = set()
+            for _ in range(2):
+                with inside.Expressions(them) as one, inside.Expressions(them) as two:
+                    for each in (one, two):
+                        uid = int(each.wait_up().value('open("/proc/self/uid_map").read().split()[1]'))
+                        self.assertEqual(uid, os.stat(f'/proc/{each.pid}').st_uid)
+                        seen.add(uid)
+            self.assertEqual({0x70000000, 0x70000000 + container.ID_RANGE}, seen)
+            self.assertEqual(set(), them._slots)
+
+    @inside.inside
+    def test_nothing_remains_after_close(self):
+        before = sorted(os.listdir('/proc/self/fd'))
+        with inside.containers() as them:
+            self.assertEqual({'instances', 'rootfs'}, set(os.listdir('/run/faasd')))
+            with inside.Expressions(them) as instance:
+                instance.wait_up()
+                ident = instance.container.ident
+                self.assertTrue(self.cgroups(them))
+                record = json.loads(pathlib.Path(f'/run/faasd/instances/{ident}/record.json').read_text())
+                self.assertEqual(('test', 1, instance.pid), (record['function'], record['revision'], record['pid']))
+                self.assertEqual(shell.start_time(instance.pid), record['start_time'])
+        self.check_nothing_remains(them, [ident])
+        self.assertEqual(before, sorted(os.listdir('/proc/self/fd')))
+
+    @inside.inside
+    def test_what_a_killed_run_left_is_removed_by_the_next(self):
+        with inside.containers() as them:
+            instances = [self.stack.enter_context(inside.Expressions(them)).wait_up() for _ in range(2)]
+            again = container.Containers(them.prefix, inside.LIMITS)  # as a new daemon on the same records
+            again.prepare()
+            for instance in instances:
+                self.assertEqual([], os.listdir('/run/faasd/instances'))
+                self.assertEqual('ended by SIGKILL', instance.wait_end())
+            with inside.Expressions(again) as instance:
+                self.assertEqual(3, instance.wait_up().value('1 + 2'))
+        self.check_nothing_remains(them)
+
+    @inside.inside
+    def test_another_servers_containers_are_left_alone(self):
+        with inside.containers(run_dir='/run/other', name='-other') as other, inside.Expressions(other) as instance:
+            instance.wait_up()
+            with inside.containers():
+                pass
+            self.assertEqual(3, instance.value('1 + 2'))
+
+    @inside.inside
+    def test_a_container_that_cannot_start_leaves_nothing(self):
+        with inside.containers() as them:
+            before = sorted(os.listdir('/proc/self/fd'))
+            for _ in range(3):
+                with open('/dev/null', 'w') as null, self.assertRaises(container.ContainerError) as caught:
+                    them.start('test', 1, '/no/such/folder', null.fileno(), null.fileno())
+                self.assertIn('/no/such/folder', str(caught.exception))
+                self.assertNotIn('\n', str(caught.exception))
+            self.assertEqual(([], set()), (os.listdir('/run/faasd/instances'), them._slots))
+            self.assertEqual(before, sorted(os.listdir('/proc/self/fd')))
+            os.environ['PATH'] = '/nowhere'
+            with open('/dev/null', 'w') as null, self.assertRaisesRegex(container.ContainerError, 'not installed'):
+                them.start('test', 1, '/tmp', null.fileno(), null.fileno())
+            os.environ['PATH'] = lab.environment()['PATH']
+        self.check_nothing_remains(them)
+
+    @inside.inside
+    def test_everything_in_it_dies_with_its_first_process(self):
+        with inside.containers() as them, inside.Expressions(them) as instance:
+            instance.wait_up().value('subprocess.Popen(["setsid", "sleep", "12345"]).pid')
+            lab.wait_until(lambda: b'12345' in self.processes(), 5, 'its child')
+            instance.container.kill()
+            instance.wait_end()
+            self.assertNotIn(b'12345', self.processes())
+
+    @staticmethod
+    def processes():
+        return shell.run(['ps', '-eo', 'args']).stdout.encode()
+
+    @inside.inside
+    def test_why_it_ended_is_told(self):
+        with inside.containers() as them:
+            for source, reason in (
+                ('import sys; sys.exit(3)', 'ended with exit code 1'),
+                ('import os; os._exit(7)', 'ended with exit code 7'),
+                ('import os; os.kill(os.getpid(), 11)', f'ended by {signal.Signals(11).name}'),
+            ):
+                with inside.Instance(them, source) as instance:
+                    self.assertEqual(reason, instance.wait_end())
+
+
+class Output(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = os.path.join(folder.name, 'log')
+        self.log = container.Log(self.path)
+
+    def test_the_last_lines_are_whole_and_in_order(self):
+        self.assertEqual(b'', self.log.last(5))
+        for number in range(10):
+            self.log.append(b'line %d\n' % number)
+        self.assertEqual(b'line 8\nline 9\n', self.log.last(2))
+        self.log.append(b'unfinished')
+        self.assertEqual(b'line 9\nunfinished', self.log.last(2))
+        self.assertEqual(11, len(self.log.last(100).splitlines()))
+
+    def test_it_is_bounded_and_the_older_part_is_read_too(self):
+        chunk = b'x' * 1023 + b'\n'
+        for _ in range(3 * container.LOG_LIMIT // 1024):
+            self.log.append(chunk)
+        self.log.append(b'last\n')
+        files = [
+            os.path.getsize(os.path.join(os.path.dirname(self.path), name))
+            for name in os.listdir(os.path.dirname(self.path))
+        ]
+        self.assertEqual(2, len(files))
+        self.assertLessEqual(sum(files), 2 * container.LOG_LIMIT + 2048)
+        self.assertEqual(chunk + b'last\n', self.log.last(2))
+
+    def test_a_disk_that_refuses_is_not_the_instances_trouble(self):
+        container.Log('/no/such/folder/log').append(b'x')
+        self.assertEqual(b'', container.Log('/no/such/folder/log').last(5))
+
+    def pipe(self):
+        copier = container.LogCopier()
+        pipe = container.LogPipe(self.log)
+        copier.add(pipe)
+        return pipe
+
+    def test_what_an_instance_writes_is_in_the_log_and_its_tail_at_hand(self):
+        pipe = self.pipe()
+        for number in range(50):
+            os.write(pipe.writer, b'line %d\n' % number)
+        os.write(pipe.writer, b'end\xff')
+        pipe.close_writer()
+        pipe.wait()
+        lines = [f'line {number}' for number in range(50)] + ['end\ufffd']
+        self.assertEqual(lines[-container.TAIL_LINES - 1 :], pipe.tail())
+        self.assertEqual(b'line 49\nend\xff', self.log.last(2))
+
+    def test_a_line_without_end_takes_no_more_memory(self):
+        pipe = self.pipe()
+        for _ in range(64):
+            os.write(pipe.writer, b'x' * 65536)
+        pipe.close_writer()
+        pipe.wait()
+        self.assertLessEqual(sum(map(len, pipe.tail())), 2 * container.LINE_LIMIT)
+
+    def test_many_writers_at_once_leak_no_descriptor(self):
+        pipe = self.pipe()
+        pipe.close_writer()
+        pipe.wait()
+        before = len(os.listdir('/proc/self/fd'))
+        copier = container.LogCopier()
+
+        def one():
+            mine = container.LogPipe(self.log)
+            copier.add(mine)
+            os.write(mine.writer, b'text\n')
+            mine.close_writer()
+            mine.wait()
+
+        threads = [threading.Thread(target=one) for _ in range(50)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertLessEqual(len(os.listdir('/proc/self/fd')), before + 1)  # the second copier's own
+        self.assertEqual(50, self.log.last(100).count(b'text\n'))
+
+
+def hidden(mounts):
+    """What runc mounts over single files: device nodes where it may not make them, and masks."""
+    return {line.split()[4] for line in mounts if line.split()[4].startswith(('/dev/', '/proc/'))}
+
+
+if __name__ == '__main__':
+    unittest.main()
