@@ -1,0 +1,270 @@
+"""A passed socket is a key to the host's network: the two ways to turn it, shut by the mark and the table.
+
+Each attack is seen to work without the rules first; else its failure would say nothing.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import struct
+import unittest
+
+import registry
+import vpn_manager
+from tests import inside, lab
+
+ADDRESS = 'fd00:faa5:1:0::a'
+CLONE_NEWNET = 0x40000000
+
+
+def prepare():
+    """wg0 with a function's address; in the server host."""
+    manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x')
+    manager.ensure_keys()
+    manager.process = manager.bring_up()
+    manager.project_addresses([ADDRESS])
+    return manager
+
+
+def accepted():
+    """(the connection that faasd would hand over, its client)."""
+    with socket.socket(socket.AF_INET6) as listener:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, vpn_manager.MARK)
+        listener.bind((ADDRESS, 80, 0, 0))
+        listener.listen()
+        client = socket.create_connection((ADDRESS, 80), timeout=5)
+        return listener.accept()[0], client
+
+
+class Stranger:
+    """A process of uid 65534 in an empty network namespace, which gets one socket by SCM_RIGHTS and attacks with it."""
+
+    def __init__(self, attack):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pid = os.fork()
+        if self.pid == 0:
+            ours.close()
+            self._live(theirs, attack)
+        theirs.close()
+        self.channel = ours
+        self.channel.settimeout(20)
+
+    def _live(self, channel, attack):
+        try:
+            signal.alarm(30)
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.unshare(CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), 'unshare')
+            os.setgroups([])
+            os.setresgid(*[inside.NOBODY] * 3)
+            os.setresuid(*[inside.NOBODY] * 3)
+            channel.send(b'ready')
+            _, fds, _, _ = socket.recv_fds(channel, 16, 1)
+            answer = attack(socket.socket(fileno=fds[0]), channel)
+        except BaseException as error:
+            answer = f'{type(error).__name__}: {error}'
+        with contextlib.suppress(OSError):
+            channel.send(str(answer).encode())
+        os._exit(0)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self.channel.close()
+
+    def give(self):
+        """Hand it a connection as faasd does; the first thing it says after that."""
+        assert self.hear() == 'ready'
+        connection, client = accepted()
+        with connection, client:
+            socket.send_fds(self.channel, [b'C'], [connection.fileno()])
+            return self.hear()
+
+    def hear(self):
+        return self.channel.recv(4096).decode()
+
+
+def disconnect(connection):
+    """connect() with AF_UNSPEC."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.connect(connection.fileno(), struct.pack('=H14x', socket.AF_UNSPEC), 16):
+        raise OSError(ctypes.get_errno(), 'connect AF_UNSPEC')
+
+
+def reach_the_host(connection, channel):
+    """The first attack: another connect(), to what listens on the host's own ::1."""
+    disconnect(connection)
+    connection.settimeout(2)
+    connection.connect(('::1', 5432))
+    return connection.recv(100).decode()
+
+
+def open_a_port(connection, channel):
+    """The second: bind() and listen() on every address of the host."""
+    disconnect(connection)
+    with contextlib.suppress(OSError):
+        connection.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    connection.bind(('::', 0, 0, 0))
+    connection.listen()
+    channel.send(f'port {connection.getsockname()[1]}'.encode())
+    while True:
+        stranger, _ = connection.accept()
+        stranger.recv(4096)
+        stranger.sendall(b'from within\n')
+        stranger.close()
+
+
+def take_the_mark_off(connection, channel):
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0)
+    return 'no mark any more'
+
+
+def remembered(connection, channel):
+    disconnect(connection)
+    return f'{connection.getsockopt(socket.SOL_SOCKET, socket.SO_MARK):#x}'
+
+
+@contextlib.contextmanager
+def database():
+    """A service of the host on its ::1 alone."""
+    with socket.socket(socket.AF_INET6) as listener:
+        listener.bind(('::1', 5432))
+        listener.listen()
+        if os.fork() == 0:
+            signal.alarm(30)
+            while True:
+                client, _ = listener.accept()
+                client.sendall(b'the database')
+                client.close()
+        yield
+
+
+@lab.needs_root
+class PassedSocket(unittest.TestCase):
+    def setUp(self):
+        stack = contextlib.ExitStack()
+        self.server, self.laptop = stack.enter_context(lab.pair())
+        self.addCleanup(stack.close)
+
+    def test_it_does_not_reach_the_hosts_own_services(self):
+        def attack():
+            manager, told = prepare(), []
+            with database():
+                for load in (None, manager.load_rules, manager.remove_rules):
+                    if load:
+                        load()
+                    with Stranger(reach_the_host) as stranger:
+                        told.append(stranger.give())
+            return told
+
+        without, with_rules, again = inside.call(self.server, attack)
+        self.assertEqual(('the database', 'the database'), (without, again), 'the attack itself does not work')
+        self.assertEqual('TimeoutError: timed out', with_rules)
+
+    def test_it_opens_no_port(self):
+        came = {}
+        for rules in (False, True):
+
+            def attack(rules=rules):
+                self.kept = manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x')
+                if rules:
+                    manager.load_rules()
+                else:
+                    self.kept = prepare()
+                self.stranger = Stranger(open_a_port)  # it stays when this process ends
+                return self.stranger.give(), self.stranger.pid
+
+            said, pid = inside.call(self.server, attack)
+            self.assertRegex(said, '^port [0-9]+$')
+            for address in ('203.0.113.10', '[2001:db8::10]'):
+                done = self.laptop.run(['curl', '-sg', '--http0.9', '-m2', f'http://{address}:{said[5:]}'], ok=None)
+                came.setdefault(rules, []).append((done.returncode, done.stdout))
+            self.server.run(['kill', '-9', str(pid)], ok=None)
+        self.assertEqual([(0, 'from within\n')] * 2, came[False], 'the attack itself does not work')
+        self.assertEqual([(28, '')] * 2, came[True])  # 28: timed out
+
+    def test_the_mark_stays_and_is_not_the_functions_to_change(self):
+        def attack():
+            self.kept = prepare()
+            told = []
+            for what in (take_the_mark_off, remembered):
+                with Stranger(what) as stranger:
+                    told.append(stranger.give())
+            return told
+
+        refused, mark = inside.call(self.server, attack)
+        self.assertTrue(refused.startswith('PermissionError'), refused)
+        self.assertEqual(f'{vpn_manager.MARK:#x}', mark)
+
+
+@lab.needs_root
+class Firewall(unittest.TestCase):
+    """What is open to a peer and to the LAN, with a wildcard service and a function on the server."""
+
+    def test_a_peer_reaches_the_function_and_the_lan_the_rest(self):
+        with lab.pair() as (server, laptop):
+            private = laptop.run(['wg', 'genkey']).stdout
+            public = laptop.run(['wg', 'pubkey'], input=private).stdout.strip()
+            peer = registry.Peer('laptop', public, None, 'fd00:faa5:0:100::a', 'peer', 0)
+
+            def begin():
+                self.kept = manager = prepare()
+                manager.project([peer])
+                for where, port in ((ADDRESS, 80), ('::', 2222), ('::', 8080)):
+                    serve(where, port)
+                return manager.get_server_public_key()
+
+            def load():
+                vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x').load_rules()
+
+            key = inside.call(server, begin)
+            if laptop.run(['ip', 'link', 'add', 'wg-faas', 'type', 'wireguard'], ok=None).returncode:
+                laptop.run(['wireguard-go', 'wg-faas'])
+            laptop.run(
+                ['wg', 'setconf', 'wg-faas', '/dev/stdin'],
+                input=f'[Interface]\nPrivateKey = {private}\n[Peer]\nPublicKey = {key}\n'
+                'Endpoint = 203.0.113.10:51820\nAllowedIPs = fd00:faa5::/32\n',
+            )
+            laptop.run(['ip', 'address', 'add', f'{peer.ipv6}/128', 'dev', 'wg-faas', 'nodad'])
+            laptop.run(['ip', 'link', 'set', 'wg-faas', 'up'])
+
+            def is_open(address, port):
+                argv = ['curl', '-sg', '--http0.9', '-m1.5', f'http://{address}:{port}']
+                return laptop.run(argv, ok=None).stdout == 'open\n'
+
+            tunnel = [(f'[{ADDRESS}]', 80), (f'[{registry.GATEWAY}]', 8080), (f'[{ADDRESS}]', 2222)]
+            tunnel += [(f'[{registry.GATEWAY}]', 2222), (f'[{ADDRESS}]', 8080)]
+            lan = [('203.0.113.10', 2222), (f'[{ADDRESS}]', 80)]
+            seen = {}
+            for rules in (False, True):
+                if rules:
+                    inside.call(server, load)
+                laptop.run(['ip', 'route', 'replace', 'fd00:faa5::/32', 'dev', 'wg-faas'])
+                seen[rules] = [is_open(*each) for each in tunnel]
+                laptop.run(['ip', 'route', 'replace', 'fd00:faa5::/32', 'via', '2001:db8::10'])
+                seen[rules] += [is_open(*each) for each in lan]
+            self.assertEqual([True] * 7, seen[False], 'not even open without the rules')
+            self.assertEqual([True, True, False, False, False, True, False], seen[True])
+
+
+def serve(address, port):
+    """A service that says 'open' and ends with its host."""
+    listener = socket.create_server((address, port), family=socket.AF_INET6, dualstack_ipv6=address == '::')
+    if os.fork() == 0:
+        while True:
+            client, _ = listener.accept()
+            client.recv(4096)
+            client.sendall(b'open\n')
+            client.close()
+    listener.close()
+
+
+if __name__ == '__main__':
+    unittest.main()
