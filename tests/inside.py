@@ -13,7 +13,6 @@ import signal
 import socket
 import struct
 import sys
-import threading
 import time
 import traceback
 import unittest
@@ -326,23 +325,3 @@ def handle(connection, address):
         how, value = self.eval(text)
         assert how == 'ok', f'{text}: {how} {value}'
         return value
-
-
-def together(functions):
-    """Run them in threads at once; their results, or the first error."""
-    results, errors = [None] * len(functions), []
-
-    def run(index, function):
-        try:
-            results[index] = function()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=each) for each in enumerate(functions)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return results
