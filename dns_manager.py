@@ -164,7 +164,7 @@ def query(server, name, kind=TYPE_AAAA, timeout_s=1):
         ):
             raise OSError('no answer to this question')
         return _addresses(answer, 12 + len(question), answers)
-    except (struct.error, IndexError) as error:
+    except (struct.error, IndexError, ValueError) as error:
         raise OSError('a broken answer') from error
 
 

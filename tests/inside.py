@@ -110,10 +110,21 @@ def _enter_and_call(host, function, args, writer):
     os._exit(0)
 
 
+@contextlib.contextmanager
+def sub_test(what=None, **more):
+    """subTest() that raises: unittest would note the failure in a result that ends with this process."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f'with {what!r} {more or ""}')
+        raise
+
+
 def inside(method):
     """A test method that runs in `self.host`; what it enters into `self.stack` ends there too."""
 
     def body(self):
+        self.subTest = sub_test
         with contextlib.ExitStack() as self.stack:
             method(self)
 
@@ -124,14 +135,19 @@ def inside(method):
     return run
 
 
+_hosts = {}  # module → its host
+
+
 @lab.needs_root
 class InHost(unittest.TestCase):
-    """Tests that share one host, self.host."""
+    """Tests that share one host, self.host, with the others of their module."""
 
     @classmethod
     def setUpClass(cls):
-        cls.host = lab.Host('server')
-        cls.addClassCleanup(cls.host.close)
+        if cls.__module__ not in _hosts:
+            _hosts[cls.__module__] = lab.Host('server')
+            unittest.addModuleCleanup(lambda: _hosts.pop(cls.__module__).close())
+        cls.host = _hosts[cls.__module__]
 
 
 # Containers, in a host
@@ -275,18 +291,21 @@ def read_all(client):
 
 
 def read_response(client):
-    """(status, headers, body) of one HTTP answer on a connection that may stay open."""
-    data = b''
-    while b'\r\n\r\n' not in data:
-        chunk = client.recv(65536)
-        if not chunk:
-            raise EOFError(data)
-        data += chunk
-    head, _, body = data.partition(b'\r\n\r\n')
-    status, *lines = head.decode().split('\r\n')
+    """(status, headers, body) of one HTTP answer, and not a byte of the next."""
+    head = b''
+    while not head.endswith(b'\r\n\r\n'):
+        byte = client.recv(1)
+        if not byte:
+            raise EOFError(head)
+        head += byte
+    status, *lines = head.decode().rstrip().split('\r\n')
     headers = {key.lower(): value for key, value in (line.split(': ', 1) for line in lines)}
-    while len(body) < int(headers.get('content-length', 0)):
-        body += client.recv(65536)
+    body = b''
+    while missing := int(headers.get('content-length', 0)) - len(body):
+        chunk = client.recv(missing)
+        if not chunk:
+            raise EOFError(body)
+        body += chunk
     return int(status.split()[1]), headers, body
 
 
