@@ -13,7 +13,7 @@ import unittest
 
 import registry
 import vpn_manager
-from tests import inside, lab
+from tests import inside, lab, serving
 
 ADDRESS = 'fd00:faa5:1:0::a'
 CLONE_NEWNET = 0x40000000
@@ -63,7 +63,8 @@ class Stranger:
             os.setresuid(*[inside.NOBODY] * 3)
             channel.send(b'ready')
             _, fds, _, _ = socket.recv_fds(channel, 16, 1)
-            answer = attack(socket.socket(fileno=fds[0]), channel)
+            with socket.socket(fileno=fds[0]) as connection:
+                answer = attack(connection, channel)
         except BaseException as error:
             answer = f'{type(error).__name__}: {error}'
         with contextlib.suppress(OSError):
@@ -155,7 +156,8 @@ class PassedSocket(unittest.TestCase):
 
     def test_it_does_not_reach_the_hosts_own_services(self):
         def attack():
-            manager, told = prepare(), []
+            self.kept = manager = prepare()
+            told = []
             with database():
                 for load in (None, manager.load_rules, manager.remove_rules):
                     if load:
@@ -204,6 +206,91 @@ class PassedSocket(unittest.TestCase):
         self.assertEqual(f'{vpn_manager.MARK:#x}', mark)
 
 
+ATTACKER = """
+import ctypes, errno, fcntl, json, os, socket, struct
+
+def attempt(what):
+    try:
+        return what()
+    except OSError as error:
+        return errno.errorcode.get(error.errno, type(error).__name__)
+
+def disconnect(sock):
+    if ctypes.CDLL(None, use_errno=True).connect(sock.fileno(), struct.pack('=H14x', 0), 16):
+        raise OSError(ctypes.get_errno(), 'AF_UNSPEC')
+
+def reach(sock):
+    disconnect(sock)
+    sock.settimeout(1)
+    sock.connect(('::1', 5432))
+    return sock.recv(100).decode()
+
+def listen(sock):
+    disconnect(sock)
+    attempt(lambda: sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0))
+    sock.bind(('::', 0, 0, 0))
+    sock.listen()
+    return sock.getsockname()[1]
+
+def handle(connection, address):
+    request = connection.recv(4096)
+    if request.startswith(b'GET /reach '):
+        answer = attempt(lambda: reach(connection))
+    elif request.startswith(b'GET /listen '):
+        answer = attempt(lambda: listen(connection))
+    else:
+        asked = 0x8912, 0x8913, 0x8927  # SIOCGIFCONF, SIOCGIFFLAGS, SIOCGIFHWADDR
+        answer = [attempt(lambda: fcntl.ioctl(connection, each, bytearray(4096))) for each in asked]
+        answer.append(attempt(lambda: connection.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0)))
+        text = json.dumps(answer).encode()
+        return connection.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n%s' % (len(text), text))
+    print('attack:', answer, flush=True)
+    if isinstance(answer, int):
+        keep.append(connection.dup())
+
+keep = []
+"""
+
+
+@lab.needs_root
+class Deployed(unittest.TestCase):
+    """The same from a deployed function, through everything that faasd puts around it."""
+
+    def said(self, server, count):
+        """What the function printed of its `count` attacks."""
+
+        def lines():
+            text = server.api('GET', '/api/logs/attacker').body.decode()
+            return [line.partition(': ')[2] for line in text.splitlines() if line.startswith('attack: ')]
+
+        lab.wait_until(lambda: len(lines()) >= count, 10, f'attack {count}')
+        return lines()[count - 1]
+
+    def test_a_function_gets_nowhere_and_a_table_that_was_taken_away_returns(self):
+        with lab.pair() as (host, laptop), serving.standalone(host) as server:
+            deployed = server.deploy('attacker', {'handler.py': ATTACKER})
+            self.assertEqual(200, deployed.status, deployed.body)
+            ipv6 = deployed.json['ipv6']
+            self.assertEqual('["EPERM", "EPERM", "EPERM", "EPERM"]', server.get(ipv6))
+            inside.call(host, serve, '::1', 5432)
+            server.get(ipv6, '/reach', ok=(0, 28, 52, 56))
+            self.assertIn(self.said(server, 1), ('TimeoutError', 'ETIMEDOUT'))
+            server.get(ipv6, '/listen', ok=(0, 28, 52, 56))
+            port = self.said(server, 2)
+            self.assertRegex(port, '^[0-9]+$')
+
+            def reached():
+                argv = ['curl', '-sg', '-m1.5', f'http://203.0.113.10:{port}']
+                return laptop.run(argv, ok=None).returncode
+
+            self.assertEqual(28, reached())  # dropped: no answer at all
+            host.run(['nft', 'delete', 'table', 'inet', 'faas'])
+            self.assertIn(
+                'faas', lab.wait_until(lambda: host.run(['nft', 'list', 'tables']).stdout, 5, 'the table again')
+            )
+            self.assertEqual(28, reached())
+
+
 @lab.needs_root
 class Firewall(unittest.TestCase):
     """What is open to a peer and to the LAN, with a wildcard service and a function on the server."""
@@ -236,7 +323,7 @@ class Firewall(unittest.TestCase):
             laptop.run(['ip', 'link', 'set', 'wg-faas', 'up'])
 
             def is_open(address, port):
-                argv = ['curl', '-sg', '--http0.9', '-m1.5', f'http://{address}:{port}']
+                argv = ['curl', '-sg', '--http0.9', '-m1', f'http://{address}:{port}']
                 return laptop.run(argv, ok=None).stdout == 'open\n'
 
             tunnel = [(f'[{ADDRESS}]', 80), (f'[{registry.GATEWAY}]', 8080), (f'[{ADDRESS}]', 2222)]
