@@ -13,6 +13,7 @@ import socket
 import struct
 import termios
 import time
+import weakref
 from typing import NamedTuple
 
 from handlers import protocol
@@ -146,7 +147,7 @@ class Instance:
         except (OSError, protocol.ProtocolError):
             pass
         self._around.loop.unwatch(self._channel.fileno())
-        self.kill('closed its channel to faasd')
+        self._around.loop.later(1, self.kill, 'closed its channel to faasd')  # most often it is ending by itself
 
     def _heard(self, kind, message):
         if kind == protocol.DONE:
@@ -208,6 +209,7 @@ class Pool:
         self._serving = self._starting = None
         self._instances = set()
         self._pending = collections.deque()  # accepted, and nobody's yet
+        self._retried = weakref.WeakSet()  # connections that one instance left untouched when it died
         self._failures, self._not_before, self._closed = 0, 0.0, False
 
     # For other threads
@@ -317,18 +319,19 @@ class Pool:
             self.flush()
 
     def orphaned(self, connections):
-        """Do right by the clients of an instance that died: what it had not touched goes to the next one."""
+        """Do right by the clients of an instance that died: what it had not touched goes to the next one, once."""
         for connection in connections:
             received, answered = progress(connection)
             if answered:  # they must not take a part for the whole
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
                 connection.close()
-            elif received:
+            elif received or connection in self._retried:
                 with contextlib.suppress(OSError):
                     connection.send(protocol.BAD_GATEWAY, socket.MSG_DONTWAIT)
                     connection.shutdown(socket.SHUT_WR)
                 connection.close()
             else:
+                self._retried.add(connection)
                 self._pending.append(connection)
 
     def ended(self, instance, before, reason):

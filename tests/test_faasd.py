@@ -1,0 +1,701 @@
+"""faasd as a whole, on hosts of its own: what it serves, whom it lets do what, what it survives."""
+import base64
+import concurrent.futures
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import signal
+import subprocess
+import time
+import unittest
+import unittest.mock
+
+import faasd
+from tests import lab, serving
+
+CRASHING = 'import os, time\ndef handle(connection, address):\n    os.kill(os.getpid(), 9)\n'
+SYNTAX_ERROR = 'def handle(connection, address)\n    pass\n'
+MISSING = 'import left_pad\n'
+NOTHING = 'x = 1\n'
+SLOW = (
+    'import time\n'
+    'def handle(connection, address):\n'
+    '    connection.recv(4096)\n'
+    '    time.sleep(%s)\n'
+    '    connection.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 4\\r\\nConnection: close\\r\\n\\r\\nslow")\n'
+)
+# The document's handler: it fetches one connection from /control.sock, serves it and exits.
+CONTROL = """
+import array, socket
+from http.server import BaseHTTPRequestHandler
+
+def receive_socket_fd():
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
+        control.connect('/control.sock')
+        _, ancillary, _, _ = control.recvmsg(1024, socket.CMSG_LEN(4))
+        return array.array('i', ancillary[0][2])[0]
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(f'hello {self.client_address[0]}'.encode())
+
+if __name__ == '__main__':
+    tcp_fd = receive_socket_fd()
+    client_sock = socket.fromfd(tcp_fd, socket.AF_INET6, socket.SOCK_STREAM)
+    Handler(client_sock, client_sock.getpeername(), None)
+"""
+
+
+def key():
+    return base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+def fields(*parts):
+    parts = [part.encode() if isinstance(part, str) else part for part in parts]
+    return b''.join(len(part).to_bytes(4, 'big') + part for part in parts)
+
+
+class Settings(unittest.TestCase):
+    def test_environment_before_file_before_default(self):
+        import tempfile
+
+        with tempfile.NamedTemporaryFile('w', suffix='.env') as file:
+            file.write('# a comment\nFAAS_MEMORY="64M"\nFAAS_CPUS=2\n\n')
+            file.flush()
+            settings = faasd.read_settings({'FAAS_CPUS': '0.5'}, file.name)
+        self.assertEqual((64 << 20, 0.5, 'wg0'), (settings['memory'], settings['cpus'], settings['wg_interface']))
+
+    def test_a_bad_value_is_named(self):
+        for name, value in (('FAAS_MEMORY', 'lots'), ('FAAS_ENROLL', 'maybe'), ('FAAS_WG_PORT', 'x')):
+            with self.assertRaisesRegex(faasd.StartError, name):
+                faasd.read_settings({name: value}, '/nonexistent')
+
+
+class MayTest(unittest.TestCase):
+    def test_who_may_do_what(self):
+        verbs = set(faasd.ControlAPI.ROUTES.values())
+        allowed = {
+            'local': verbs,
+            'admin': verbs,
+            'peer': {'list', 'ip', 'health'},
+            'newcomer': {'vpn_create'},
+            'stranger': set(),
+        }
+        for role, may in allowed.items():
+            self.assertEqual(may, {verb for verb in verbs if faasd.may(faasd.Caller(role, 'me'), verb, 'other')}, role)
+        self.assertTrue(faasd.may(faasd.Caller('peer', 'me'), 'vpn_remove', 'me'))
+
+
+class LoopTest(unittest.TestCase):
+    def test_calls_timers_and_faults(self):
+        loop, seen = faasd.Loop(), []
+        try:
+            loop.call(loop.later, 0.02, seen.append, 'later')
+            loop.call(seen.append, 'call')
+            with unittest.mock.patch('traceback.print_exc') as printed:
+                loop.call(lambda: 1 / 0)
+                lab.wait_until(lambda: len(seen) == 2, 5, 'the timer')
+            self.assertEqual(['call', 'later'], seen)
+            printed.assert_called_once()
+        finally:
+            loop.stop()
+
+
+@lab.needs_root
+class OneServer(unittest.TestCase):
+    """Tests that share a server and leave it as it was, but for addresses used."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.pair = cls.enterClassContext(lab.pair())
+        cls.host, cls.laptop = cls.pair
+        cls.server = cls.enterClassContext(serving.standalone(cls.host, FAAS_MAX_UPLOAD='1M', FAAS_START_TIMEOUT='3'))
+
+    def deploy(self, name, source):
+        reply = self.server.deploy(name, source)
+        if reply.status == 200:
+            self.addCleanup(self.server.api, 'DELETE', f'/api/remove/{name}')
+        return reply
+
+    def remains(self):
+        """What deploys and peers leave on the host."""
+        host = self.host
+        return {
+            'addresses': host.run(['ip', '-6', 'address', 'show', 'dev', 'wg0']).stdout.count('fd00:faa5:1:'),
+            'functions': sorted(os.listdir(host.path('/var/lib/faasd/functions'))),
+            'instances': sorted(os.listdir(host.path('/run/faasd/instances'))),
+            'peers': sorted(os.listdir(host.path('/etc/wireguard/peers'))),
+            'listeners': host.run(['ss', '-Htln']).stdout.count(':80 '),
+            'temporary': [n for n in os.listdir(host.path('/run')) if n.startswith('faasd-')],
+            'list': self.server.api('GET', '/api/list').json,
+        }
+
+    # The document's workflow, piece by piece
+
+    def test_the_examples_answer(self):
+        for name, path, expected in (
+            ('fibonacci', '/?n=10', 'Fibonacci sequence (10 steps):\n0, 1, 1, 2, 3, 5, 8, 13, 21, 34\n'),
+            ('hello', '/', 'Hello, '),
+            ('api', '/a/b?x=1', '"path": "/a/b", "query": {"x": ["1"]}'),
+        ):
+            with self.subTest(name):
+                reply = self.deploy(name, serving.example(name)).json
+                self.assertEqual({'name', 'ipv6', 'dns', 'revision', 'warning'}, set(reply))
+                self.assertIsNone(reply['warning'])
+                self.assertEqual({'ipv6': reply['ipv6']}, self.server.api('GET', f'/api/ip/{name}').json)
+                self.assertIn(expected, self.server.get(reply['ipv6'], path))
+                digged = self.host.run(['dig', '+short', 'AAAA', f'{name}.faas', '@fd00:faa5:0:100::1']).stdout
+                self.assertEqual(reply['ipv6'].replace('1:0::', '1::'), digged.strip())
+
+    def test_fibonacci_bounds(self):
+        ipv6 = self.deploy('fibonacci', serving.example('fibonacci')).json['ipv6']
+        for query, code in (('n=0', '200'), ('n=10000', '200'), ('n=10001', '400'), ('n=-1', '400'), ('n=x', '400')):
+            got = self.host.run(
+                ['curl', '-sg', '-o', '/dev/null', '-w', '%{http_code}', f'http://[{ipv6}]/?{query}']
+            ).stdout
+            self.assertEqual(code, got, query)
+
+    def test_the_documents_handler_runs_as_printed(self):
+        ipv6 = self.deploy('control', {'handler.py': CONTROL}).json['ipv6']
+        own = ipv6.replace('1:0::', '1::')
+        for _ in range(3):
+            self.assertEqual(f'hello {own}', self.server.get(ipv6))
+
+    def test_the_log_has_the_functions_output_and_its_last_lines_are_served(self):
+        source = {'handler.py': 'print("started")\n' + serving.HELLO % serving.answer('x')}
+        self.deploy('chatty', source)
+        lab.wait_until(lambda: self.server.api('GET', '/api/logs/chatty').body == b'started\n', 5, 'the log')
+
+    def test_the_log_is_bounded(self):
+        loud = 'import sys\nsys.stdout.write(("x" * 1023 + "\\n") * 6000)\n' + serving.HELLO % serving.answer('x')
+        self.deploy('loud', {'handler.py': loud})
+        folder = next(self.host.path('/var/lib/faasd/functions').glob('*/log.1')).parent
+        sizes = lambda: sum(file.stat().st_size for file in folder.glob('log*'))  # noqa: E731
+        lab.wait_until(lambda: sizes() > 1 << 20, 5, 'the log')
+        self.assertLess(sizes(), 3 << 20)
+
+    def test_a_name_too_early_is_there_right_after_its_deploy(self):
+        dig = ['dig', '+short', 'AAAA', 'early.faas', '@fd00:faa5:0:100::1']
+        self.assertEqual('', self.host.run(dig).stdout)
+        self.deploy('early', serving.saying('x'))
+        self.assertNotEqual('', self.host.run(dig).stdout)
+
+    def test_a_removed_name_is_gone(self):
+        ipv6 = self.server.deploy('brief', serving.saying('x')).json['ipv6']
+        before = self.remains()
+        self.assertEqual((200, b''), (self.server.api('DELETE', '/api/remove/brief').status, b''))
+        after = self.remains()
+        self.assertEqual(before['addresses'] - 1, after['addresses'])
+        self.assertEqual(len(before['functions']) - 1, len(after['functions']))
+        self.assertEqual(404, self.server.api('GET', '/api/ip/brief').status)
+        self.server.get(ipv6, ok=(7, 28), timeout_s=1)
+        dig = ['dig', 'AAAA', 'brief.faas', '@fd00:faa5:0:100::1']
+        lab.wait_until(lambda: 'NXDOMAIN' in self.host.run(dig).stdout, 2, 'NXDOMAIN')
+
+    # Deploys that fail
+
+    def test_code_that_does_not_start_is_refused_with_its_own_last_lines(self):
+        before = self.remains()
+        for source, expected, in_log in (
+            (SYNTAX_ERROR, 'SyntaxError', 'def handle(connection, address)'),
+            (MISSING, "No module named 'left_pad'", 'import left_pad'),
+            (NOTHING, 'BaseHTTPRequestHandler', '/control.sock'),
+            ('import sys\nsys.exit("no licence")', 'no licence', 'no licence'),
+            ('import time\ntime.sleep(60)', 'not ready within 3 s', ''),
+        ):
+            with self.subTest(expected):
+                reply = self.server.deploy('broken', {'handler.py': source})
+                self.assertEqual(422, reply.status)
+                self.assertIn(expected, reply.json['error'])
+                self.assertIn(in_log, '\n'.join(reply.json['log']))
+                self.assertEqual(before, self.remains())
+
+    def test_a_failed_redeploy_leaves_the_old_revision_serving(self):
+        ipv6 = self.deploy('steady', serving.saying('one')).json['ipv6']
+        before = self.remains()
+        self.assertEqual(422, self.server.deploy('steady', {'handler.py': MISSING}).status)
+        self.assertEqual('one', self.server.get(ipv6))
+        self.assertEqual(before, self.remains())
+        reply = self.server.deploy('steady', serving.saying('two')).json
+        self.assertEqual((ipv6, 2), (reply['ipv6'], reply['revision']))
+        self.assertEqual('two', self.server.get(ipv6))
+
+    def test_bad_names(self):
+        for name in ('', '../x', 'x' * 64, 'é', 'A', '-a', 'a-', 'a.b', 'ns', 'dashboard', '%00'):
+            with self.subTest(name):
+                reply = self.server.api('POST', '/api/new?name=' + name.encode().hex('%', 1).join(['%', '']), b'x')
+                self.assertEqual(400, reply.status)
+                self.assertTrue(reply.json['error'] and reply.json['hint'])
+
+    def test_bad_archives(self):
+        before = self.remains()
+        for body in (b'', b'no tar at all', serving.archive({'x.py': ''}), serving.archive({'../handler.py': ''})):
+            reply = self.server.deploy('archive', body)
+            self.assertEqual(400, reply.status, reply.body)
+        self.assertEqual(before, self.remains())
+
+    def raw(self, request, *, shut=False):
+        """The status line and JSON that the API answers to these bytes."""
+        import socket
+
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(10)
+            sock.connect(str(self.host.path('/run/faasd/faasd.sock')))
+            sock.sendall(request)
+            if shut:
+                sock.shutdown(socket.SHUT_WR)
+            got = b''
+            while chunk := sock.recv(65536):
+                got += chunk
+        head, _, body = got.partition(b'\r\n\r\n')
+        return int(head.split()[1]), json.loads(body)
+
+    def test_bad_bodies(self):
+        before = self.remains()
+        new = b'POST /api/new?name=body HTTP/1.1\r\nHost: x\r\n'
+        create = b'POST /api/vpn/create HTTP/1.1\r\nHost: x\r\nConnection: close\r\n'
+        for request, status in (
+            (new + b'Connection: close\r\n\r\n', 411),
+            (new + b'Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n', 411),
+            (new + b'Content-Length: 99999999\r\n\r\n' + b'x' * 4096, 413),
+            (new + b'Content-Length: 4096\r\n\r\nonly this', 400),
+            (new + b'Content-Length: -5\r\n\r\n', 400),
+            (new + b'Content-Length: ten\r\n\r\n', 400),
+            (create + b'Content-Length: 2\r\n\r\n[]', 400),
+            (create + b'Content-Length: 1\r\n\r\n{', 400),
+            (create + b'Content-Length: 2\r\n\r\n{}', 400),
+            (create + b'Content-Length: 25\r\n\r\n{"name":1,"public_key":2}', 400),
+            (create + b'Content-Length: 999999\r\n\r\n', 413),
+        ):
+            with self.subTest(request[:120]):
+                got, body = self.raw(request, shut=True)
+                self.assertEqual(status, got)
+                self.assertTrue(body['error'])
+        self.assertEqual(before, self.remains())
+
+    def test_unknown_paths_and_methods(self):
+        for method, path, status in (
+            ('GET', '/', 404),
+            ('GET', '/api/nothing', 404),
+            ('GET', '/api/ip/none', 404),
+            ('DELETE', '/api/remove/none', 404),
+            ('DELETE', '/api/vpn/remove/none', 404),
+            ('GET', '/api/logs/none', 404),
+            ('GET', '/api/ip/a/b', 404),
+            ('DELETE', '/api/vpn/remove/..%2F..%2Fwg0', 400),
+            ('PUT', '/api/list', 405),
+            ('GET', '/api/new', 405),
+            ('DELETE', '/api/list', 405),
+            ('PATCH', '/api/vpn/create', 405),
+        ):
+            with self.subTest(f'{method} {path}'):
+                reply = self.server.api(method, path)
+                self.assertEqual(status, reply.status)
+                self.assertTrue(reply.json['error'])
+
+    def test_two_deploys_of_one_name_at_once(self):
+        slow_start = {'handler.py': 'import time\ntime.sleep(1)\n' + serving.HELLO % serving.answer('x')}
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            replies = list(threads.map(lambda _: self.server.deploy('twice', slow_start), range(2)))
+        self.addCleanup(self.server.api, 'DELETE', '/api/remove/twice')
+        self.assertEqual([200, 409], sorted(reply.status for reply in replies))
+        self.assertEqual(1, self.server.api('GET', '/api/list').body.count(b'"twice"'))
+
+    def test_twenty_deploys_at_once(self):
+        with concurrent.futures.ThreadPoolExecutor(20) as threads:
+            replies = list(threads.map(lambda n: self.deploy(f'many-{n}', serving.saying(str(n))), range(20)))
+        self.assertEqual({200}, {reply.status for reply in replies})
+        self.assertEqual(20, len({reply.json['ipv6'] for reply in replies}))
+        self.assertEqual('7', self.server.get(replies[7].json['ipv6']))
+
+    # Instances
+
+    def test_a_redeploy_under_load_drops_nothing(self):
+        ipv6 = self.deploy('busy', serving.example('fibonacci')).json['ipv6']
+        script = (
+            'import http.client, sys, time\n'
+            'end, done = time.monotonic() + 4, 0\n'
+            'while time.monotonic() < end:\n'
+            '    c = http.client.HTTPConnection(sys.argv[1], 80, timeout=10)\n'
+            '    for _ in range(5):\n'
+            '        c.request("GET", "/?n=5")\n'
+            '        r = c.getresponse()\n'
+            '        assert r.status == 200 and b"0, 1, 1, 2, 3" in r.read(), r.status\n'
+            '        done += 1\n'
+            '        if r.will_close: break\n'
+            '    c.close()\n'
+            'print(done)\n'
+        )
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            runs = [
+                threads.submit(self.host.run, ['/usr/bin/python3', '-c', script, ipv6], timeout_s=30) for _ in range(3)
+            ]
+            revisions = []
+            while not all(run.done() for run in runs):
+                revisions.append(self.server.deploy('busy', serving.example('fibonacci')).json['revision'])
+            answered = sum(int(run.result().stdout) for run in runs)
+        self.assertGreater(len(revisions), 3)
+        self.assertGreater(answered, 200)
+
+    def test_a_running_answer_outlives_a_redeploy(self):
+        ipv6 = self.deploy('long', {'handler.py': SLOW % 1.5}).json['ipv6']
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            slow = threads.submit(self.server.get, ipv6)
+            lab.wait_until(lambda: self.host.run(['ss', '-Htn', 'state', 'established']).stdout.strip(), 5, 'a client')
+            self.assertEqual(200, self.server.deploy('long', serving.saying('new')).status)
+            self.assertEqual('new', self.server.get(ipv6))
+            self.assertEqual('slow', slow.result())
+        lab.wait_until(lambda: len(os.listdir(self.host.path('/run/faasd/instances'))) == 1, 10, 'the old one to end')
+
+    def test_an_instance_that_dies_is_said_to_crash_and_is_replaced(self):
+        ipv6 = self.deploy('mortal', {'handler.py': CRASHING}).json['ipv6']
+        self.assertIn('the function died', self.server.get(ipv6))
+        lab.wait_until(lambda: self.server.status_of('mortal')['status'] == 'crashing', 5, 'crashing')
+        self.assertIn('SIGKILL', self.server.status_of('mortal')['reason'])
+        health = self.server.api('GET', '/api/health').json
+        self.assertEqual(('degraded', 1), (health['status'], health['functions']['crashing']))
+        self.assertIn('mortal', json.dumps(health['problems']))
+        self.assertIn('the function died', self.server.get(ipv6))  # it waited in the backlog for the next instance
+
+    def test_clients_wait_while_an_instance_is_replaced(self):
+        ipv6 = self.deploy('phoenix', serving.saying('risen')).json['ipv6']
+        instance = os.listdir(self.host.path('/run/faasd/instances'))[0]
+        record = json.loads(self.host.path(f'/run/faasd/instances/{instance}/record.json').read_text())
+        self.host.run(['kill', '-9', str(record['pid'])])
+        self.assertEqual('risen', self.server.get(ipv6))
+
+    def test_no_descriptor_leaks(self):
+        good = self.deploy('good', serving.saying('x')).json['ipv6']
+        self.server.get(good)
+        before = self.server.descriptors()
+        bad = self.server.deploy('bad', {'handler.py': CRASHING}).json['ipv6']
+        for _ in range(50):
+            self.server.get(good)
+        self.server.get(bad)
+        self.server.deploy('none', {'handler.py': MISSING})
+        self.server.api('DELETE', '/api/remove/bad')
+        lab.wait_until(lambda: self.server.descriptors() <= before, 10, 'the descriptors to be closed')
+
+    # Peers and invites
+
+    def test_create_list_and_remove_a_peer(self):
+        before = self.remains()
+        public_key = key()
+        reply = self.server.api('POST', '/api/vpn/create', {'name': 'tablet', 'public_key': public_key})
+        self.assertEqual(['ipv6', 'server_public_key', 'endpoint'], list(reply.json))
+        self.assertEqual('203.0.113.10', reply.json['endpoint'])
+        listed = next(p for p in self.server.api('GET', '/api/vpn/list').json if p['name'] == 'tablet')
+        self.assertEqual(
+            {'name': 'tablet', 'ipv6': reply.json['ipv6'], 'created': time.strftime('%Y-%m-%d', time.gmtime()),
+             'status': 'inactive'},
+            listed,
+        )
+        self.assertEqual(
+            f'# Client: tablet\n[Peer]\nPublicKey = {public_key}\nAllowedIPs = {reply.json["ipv6"]}/128\n',
+            self.host.path('/etc/wireguard/peers/tablet.conf').read_text(),
+        )
+        self.assertIn(public_key, self.host.run(['wg', 'show', 'wg0', 'peers']).stdout)
+        for name, taken in (('tablet', key()), ('other', public_key)):
+            self.assertEqual(409, self.server.api('POST', '/api/vpn/create', {'name': name, 'public_key': taken}).status)
+        removed = self.server.api('DELETE', '/api/vpn/remove/tablet')
+        self.assertEqual((200, b''), (removed.status, removed.body))
+        self.assertNotIn(public_key, self.host.run(['wg', 'show', 'wg0', 'peers']).stdout)
+        self.assertEqual(before, self.remains())
+
+    def test_bad_keys(self):
+        zero = base64.b64encode(bytes(32)).decode()
+        for bad in ('', 'x', key()[:-1], key() + '=', zero, 'é' * 44, key() + '\n', '\n[Peer]'):
+            reply = self.server.api('POST', '/api/vpn/create', {'name': 'bad', 'public_key': bad})
+            self.assertEqual(400, reply.status, bad)
+
+    def token(self, **request):
+        reply = self.server.api('POST', '/api/vpn/invite', {'name': None, 'expires': 3600, 'admin': False, **request})
+        self.assertEqual(200, reply.status, reply.body)
+        text, _, check = reply.json['token'].removeprefix('faas1_').partition('.')
+        self.assertEqual(hashlib.sha256(text.encode()).hexdigest()[:8], check)
+        token = json.loads(base64.urlsafe_b64decode(text + '=='))
+        self.assertEqual(('203.0.113.10:51820', '203.0.113.10'), (token['a'], token['e']))
+        return token
+
+    def redeem(self, token, public_key, name='guest', *, secret=None):
+        """(status, headers in lower case, body) of redeeming from the other host."""
+        body = json.dumps({'name': name, 'public_key': public_key}).encode()
+        nonce = secrets.token_hex(16)
+        mac = secret or base64.urlsafe_b64decode(token['s'] + '==')
+        proof = hmac.new(mac, fields('faas1 request', token['i'], nonce, body), 'sha256').hexdigest()
+        out = self.laptop.run(
+            ['curl', '-si', '--max-time', '5', f'http://{token["a"]}/api/vpn/create', '-H', f'Faas-Invite: {token["i"]}',
+             '-H', f'Faas-Nonce: {nonce}', '-H', f'Faas-Proof: {proof}', '--data-binary', body.decode()]
+        ).stdout
+        head, _, answer = out.partition('\n\n')
+        lines = head.replace('\r', '').split('\n')
+        headers = {k.lower(): v for k, v in (line.split(': ', 1) for line in lines[1:])}
+        if headers.get('faas-proof'):
+            parts = fields('faas1 answer', token['i'], nonce, headers['faas-peer'], answer)
+            self.assertEqual(hmac.new(mac, parts, 'sha256').hexdigest(), headers['faas-proof'])
+            self.addCleanup(self.server.api, 'DELETE', f'/api/vpn/remove/{headers["faas-peer"]}')
+        return int(lines[0].split()[1]), headers, json.loads(answer)
+
+    def test_an_invite_makes_one_peer_and_repeats_its_answer_to_the_same_key(self):
+        token, public_key = self.token(), key()
+        first = self.redeem(token, public_key)
+        self.assertEqual((200, 'guest'), (first[0], first[1]['faas-peer']))
+        self.assertEqual(first[2], self.redeem(token, public_key)[2])
+        status, _, body = self.redeem(token, key())
+        self.assertEqual(403, status)
+        second = self.redeem(self.token(), key())
+        self.assertEqual('guest-2', second[1]['faas-peer'])
+        wrong = self.redeem(self.token(), key(), secret=bytes(32))
+        unknown = self.redeem(dict(self.token(), i='0' * 16), key())
+        self.assertEqual([(403, body)] * 2, [(wrong[0], wrong[2]), (unknown[0], unknown[2])])
+
+    def test_an_invites_name_is_kept_for_it(self):
+        token = self.token(name='phone')
+        self.assertEqual('phone', token['n'])
+        self.assertEqual(409, self.server.api('POST', '/api/vpn/invite', {'name': 'phone'}).status)
+        self.assertEqual('phone', self.redeem(token, key(), 'whatever')[1]['faas-peer'])
+
+    def test_bad_invite_requests(self):
+        for request in ({'expires': 1}, {'expires': '1h'}, {'expires': True}, {'admin': 1}, {'name': 5}, {'name': '../x'}):
+            self.assertEqual(400, self.server.api('POST', '/api/vpn/invite', request).status, request)
+
+    def test_the_enroll_address_answers_nothing_else(self):
+        token = self.token()
+        for method, path in (('GET', '/api/list'), ('POST', '/api/new?name=x'), ('GET', '/api/vpn/list'), ('GET', '/')):
+            out = self.laptop.run(['curl', '-s', '-X', method, '-d', '', '-w', '%{http_code}', f'http://{token["a"]}{path}'])
+            self.assertTrue(out.stdout.endswith('404'), out.stdout)
+        bare = ['curl', '-s', '-d', json.dumps({'name': 'x', 'public_key': key()}), '-w', '%{http_code}']
+        self.assertTrue(self.laptop.run([*bare, f'http://{token["a"]}/api/vpn/create']).stdout.endswith('403'))
+
+    def test_the_tunnels_api_refuses_who_is_no_peer(self):
+        out = self.host.run(['curl', '-sg', 'http://[fd00:faa5:0:100::1]:8080/api/list'])
+        self.assertIn('may not do that', out.stdout)
+
+    def test_the_lan_reaches_neither_functions_nor_api(self):
+        ipv6 = self.deploy('inside', serving.saying('x')).json['ipv6']
+        self.laptop.run(['ip', '-6', 'route', 'replace', 'fd00:faa5::/32', 'via', '2001:db8::10'])
+        self.addCleanup(self.laptop.run, ['ip', '-6', 'route', 'del', 'fd00:faa5::/32'])
+        for target in (f'[{ipv6}]', '[fd00:faa5:0:100::1]:8080'):
+            self.laptop.run(['curl', '-sg', '--max-time', '1', f'http://{target}/'], ok=(28,))
+
+    def test_hand_made_peers_are_adopted_and_broken_files_left_out(self):
+        peers, good = self.host.path('/etc/wireguard/peers'), key()
+        (peers / 'byhand.conf').write_text(f'[Peer]\nPublicKey = {good}\nAllowedIPs = fd00:faa5:0:100::beef/128\n')
+        (peers / 'broken.conf').write_text('[Peer]\nAllowedIPs = ::/0\n')
+        self.addCleanup(os.unlink, peers / 'broken.conf')
+        other = key()
+        self.assertEqual(200, self.server.api('POST', '/api/vpn/create', {'name': 'next', 'public_key': other}).status)
+        live = self.host.run(['wg', 'show', 'wg0', 'allowed-ips']).stdout
+        self.assertIn(f'{good}\tfd00:faa5:0:100::beef/128', live)
+        self.assertIn(other, live)
+        self.assertTrue(self.server.printed('broken.conf: needs PublicKey'))
+        for name in ('byhand', 'next'):
+            self.server.api('DELETE', f'/api/vpn/remove/{name}')
+        self.assertFalse((peers / 'byhand.conf').exists())
+        self.assertTrue((peers / 'broken.conf').exists())
+
+    # What happens to a running server
+
+    def test_wg0_taken_away_is_told_and_made_good(self):
+        ipv6 = self.deploy('away', serving.saying('back')).json['ipv6']
+        public_key = key()
+        self.server.api('POST', '/api/vpn/create', {'name': 'stays', 'public_key': public_key})
+        self.addCleanup(self.server.api, 'DELETE', '/api/vpn/remove/stays')
+        self.host.run(['ip', 'link', 'delete', 'wg0'])
+        lab.wait_until(lambda: self.server.printed('wg0 is gone'), 5, 'the event')
+        lab.wait_until(lambda: self.server.printed('[wg0] is well again'), 10, 'wg0')
+        self.assertEqual('back', self.server.get(ipv6))
+        self.assertIn(public_key, self.host.run(['wg', 'show', 'wg0', 'peers']).stdout)
+        self.assertEqual([], self.server.api('GET', '/api/health').json['problems'])
+
+    def test_an_address_taken_away_comes_back(self):
+        ipv6 = self.deploy('moved', serving.saying('here')).json['ipv6']
+        self.host.run(['ip', '-6', 'address', 'del', f'{ipv6}/128', 'dev', 'wg0'])
+        lab.wait_until(lambda: self.server.get(ipv6, ok=None, timeout_s=1) == 'here', 10, 'the address')
+
+    def test_a_flushed_table_stops_the_hand_off_until_it_is_back(self):
+        ipv6 = self.deploy('guarded', serving.saying('x')).json['ipv6']
+        for harm in (['nft', 'flush', 'ruleset'], ['nft', 'flush', 'chain', 'inet', 'faas', 'output']):
+            self.server.lines.clear()
+            self.host.run(harm)
+            lab.wait_until(lambda: self.server.printed('[rules] is well again'), 10, 'the table')
+            self.assertIn('mark', self.host.run(['nft', 'list', 'chain', 'inet', 'faas', 'output']).stdout)
+            self.assertEqual('x', self.server.get(ipv6))
+
+    def test_coredns_that_dies_is_started_again(self):
+        self.host.run(['pkill', '-9', 'coredns'])
+        lab.wait_until(lambda: self.server.printed('CoreDNS ended'), 5, 'the event')
+        lab.wait_until(lambda: self.server.api('GET', '/api/health').json['status'] == 'ok', 10, 'CoreDNS')
+
+    def test_a_disk_that_is_full_while_staging(self):
+        before = self.remains()
+        functions = '/var/lib/faasd/functions'
+        self.host.run(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'tiny', functions])
+        try:
+            files = {'handler.py': 'x = 1\n', 'data': 'x' * 500_000}
+            reply = self.server.deploy('big', files)
+            self.assertEqual(507, reply.status, reply.body)
+            self.assertEqual([], os.listdir(self.host.path(functions)))
+        finally:
+            self.host.run(['umount', functions])
+        self.assertEqual(before, self.remains())
+
+
+@lab.needs_root
+class LivesOfAServer(unittest.TestCase):
+    """Tests that start and end servers of their own."""
+
+    def setUp(self):
+        self.host = self.enterContext(lab.Host('server'))
+
+    def test_a_restart_brings_everything_back(self):
+        with serving.standalone(self.host) as server:
+            ipv6 = server.deploy('kept', serving.saying('kept')).json['ipv6']
+            public_key = key()
+            server.api('POST', '/api/vpn/create', {'name': 'kept', 'public_key': public_key})
+            own = server.host.path('/etc/wireguard/server_public.key').read_text()
+            serial = server.host.path('/var/lib/faasd/dns/faas.db').read_text()
+            server.stop()
+            for leftover in ('wg0', 'fd00:faa5'):
+                self.assertNotIn(leftover, self.host.run(['ip', 'address']).stdout)
+            self.assertEqual('', self.host.run(['nft', 'list', 'ruleset']).stdout)
+            self.assertEqual(['faasd.lock'], os.listdir(self.host.path('/run/faasd')))
+            self.host.run(['pgrep', 'wireguard-go|coredns|runc'], ok=(1,))
+            server.lines.clear()
+            server.start()
+            self.assertEqual('kept', server.get(ipv6))
+            self.assertEqual('kept', server.get('fd00:faa5:1:0::a'))
+            self.assertIn(public_key, self.host.run(['wg', 'show', 'wg0', 'peers']).stdout)
+            self.assertEqual(own, server.host.path('/etc/wireguard/server_public.key').read_text())
+            self.assertEqual(serial, server.host.path('/var/lib/faasd/dns/faas.db').read_text())
+
+    def test_a_killed_run_leaves_nothing_that_the_next_does_not_clear(self):
+        with serving.standalone(self.host) as server:
+            ipv6 = server.deploy('kept', serving.saying('kept')).json['ipv6']
+            instance = os.listdir(self.host.path('/run/faasd/instances'))[0]
+            self.host.path('/var/lib/faasd/functions/.incoming-cut').mkdir()
+            self.host.path('/var/lib/faasd/functions/1/9').mkdir()
+            server.stop(signal.SIGKILL)
+            server.lines.clear()
+            server.start()
+            self.assertNotIn(instance, os.listdir(self.host.path('/run/faasd/instances')))
+            self.assertEqual('kept', server.get(ipv6))
+            self.assertEqual(['1'], os.listdir(self.host.path('/var/lib/faasd/functions')))
+            self.assertFalse(self.host.path('/var/lib/faasd/functions/1/9').exists())
+            for name in ('wireguard-go', 'coredns'):
+                self.assertEqual(1, len(self.host.run(['pgrep', name]).stdout.split()), name)
+            self.assertEqual(1, len(self.host.run(['pgrep', '-f', 'runtime.py']).stdout.split()) // 2)
+
+    def test_a_deploy_cut_off_by_a_kill_is_forgotten(self):
+        with serving.standalone(self.host) as server:
+            sleeping = {'handler.py': 'import time\ntime.sleep(60)\n'}
+            with concurrent.futures.ThreadPoolExecutor() as threads:
+                cut = threads.submit(server.deploy, 'cut', sleeping)
+                lab.wait_until(lambda: server.printed('Listening on'), 10, 'the listener')
+                server.stop(signal.SIGKILL)
+                self.assertIsNotNone(cut.exception())
+            server.lines.clear()
+            server.start()
+            self.assertEqual([], server.api('GET', '/api/list').json)
+            self.assertEqual('fd00:faa5:1:0::a', server.deploy('whole', serving.saying('x')).json['ipv6'])
+
+    def test_it_expects_wg0_and_says_what_is_missing(self):
+        def refusal(*arguments):
+            return self.host.run(
+                ['/usr/bin/python3', 'faasd.py', *arguments], ok=(1,), env={'FAAS_VPN_ENDPOINT': 'faas.example.com'}
+            ).stderr
+
+        self.assertRegex(refusal(), r'^faasd: there is no interface wg0 \(.*wg-quick@wg0.*\)\n$')
+        self.host.run(['ip', 'link', 'add', 'wg0', 'type', 'dummy'])
+        self.assertRegex(refusal(), r'^faasd: wg0 is no WireGuard interface \(.*FAAS_WG_INTERFACE.*\)\n$')
+        self.assertRegex(refusal('--standalone'), r'^faasd: there is an interface wg0 already \(.*\)\n$')
+        self.assertEqual('', self.host.run(['nft', 'list', 'ruleset']).stdout)
+
+    def test_the_documents_command_on_a_prepared_wg0(self):
+        """sudo python3 faasd.py: wg-quick brought wg0 up and CoreDNS runs; both outlive faasd."""
+        self.host.run(['/usr/bin/python3', 'faasd.py'], ok=(1,))  # makes keys and wg0.conf, then misses wg0
+        self.host.run(['wg-quick', 'up', 'wg0'])
+        server = serving.Server(self.host).start()
+        try:
+            reply = server.deploy('fibonacci', serving.example('fibonacci')).json
+            self.assertEqual('deployed, not yet in DNS', reply['warning'])  # CoreDNS is down
+            problems = server.api('GET', '/api/health').json['problems']
+            self.assertEqual(['dns'], [problem['area'] for problem in problems])
+            self.assertIn('0, 1, 1, 2', server.get(reply['ipv6']))
+            self.host.run(['ip', 'link', 'delete', 'wg0'])
+            lab.wait_until(lambda: server.printed('wg0 is gone'), 5, 'the event')
+            self.assertIn('wg0', json.dumps(server.api('GET', '/api/health').json['problems']))
+            self.host.run(['wg-quick', 'up', 'wg0'])
+            lab.wait_until(lambda: server.printed('[wg0] is well again'), 10, 'wg0')
+            self.assertIn('0, 1, 1, 2', server.get(reply['ipv6']))
+        finally:
+            self.assertEqual(0, server.stop())
+        self.assertIn('fd00:faa5:0:100::1', self.host.run(['ip', 'address', 'show', 'wg0']).stdout)
+        self.assertNotIn('fd00:faa5:1:', self.host.run(['ip', 'address', 'show', 'wg0']).stdout)
+        self.host.run(['ip', 'link', 'delete', 'wg0'])
+
+    def test_it_refuses_a_second_one_and_does_not_run_without_root(self):
+        with serving.standalone(self.host):
+            again = self.host.run(['/usr/bin/python3', 'faasd.py', '--standalone'], ok=(1,))
+            self.assertRegex(again.stderr, r'^faasd: another faasd runs on this host')
+        plain = ['setpriv', '--reuid', '65534', '--clear-groups', '/usr/bin/python3', 'faasd.py']
+        self.assertRegex(self.host.run(plain, ok=(1,)).stderr, r'^faasd: faasd needs root')
+
+    def test_a_full_range_is_a_named_error(self):
+        with serving.standalone(self.host) as server:
+            server.stop()
+            self.host.run(
+                ['/usr/bin/python3', '-c',
+                 'import sqlite3\n'
+                 'db = sqlite3.connect("/var/lib/faasd/registry.db")\n'
+                 'rows = [(n, host) for n in ("fd00:faa5:1:0", "fd00:faa5:0:100") for host in range(10, 65536)]\n'
+                 'db.executemany("INSERT INTO addresses VALUES (?, ?, NULL)", rows)\n'
+                 'db.commit()\n']
+            )
+            server.lines.clear()
+            server.start()
+            reply = server.deploy('full', serving.saying('x'))
+            self.assertEqual(507, reply.status)
+            self.assertIn('are in use', reply.json['error'])
+            reply = server.api('POST', '/api/vpn/create', {'name': 'full', 'public_key': key()})
+            self.assertEqual(507, reply.status)
+            self.assertEqual([], server.api('GET', '/api/vpn/list').json)
+
+    def test_open_enrolment_is_announced_and_takes_bare_requests(self):
+        with serving.standalone(self.host, FAAS_ENROLL='open') as server:
+            self.assertTrue(server.printed('FAAS_ENROLL=open'))
+            body = json.dumps({'name': 'anyone', 'public_key': key()})
+            out = self.host.run(['curl', '-s', '-d', body, 'http://127.0.0.1:51820/api/vpn/create']).stdout
+            self.assertEqual('fd00:faa5:0:100::a', json.loads(out)['ipv6'])
+
+    def test_the_enroll_address_is_closed_without_an_invite(self):
+        with serving.standalone(self.host) as server:
+            self.assertNotIn(':51820', self.host.run(['ss', '-Htln']).stdout)
+            server.api('POST', '/api/vpn/invite', {'expires': 60})
+            self.assertIn(':51820', self.host.run(['ss', '-Htln']).stdout)
+
+    def test_an_enroll_port_in_use_is_a_clear_error(self):
+        with self.host.popen(['nc', '-lk', '51820'], stderr=subprocess.DEVNULL) as taken:
+            lab.wait_until(lambda: ':51820' in self.host.run(['ss', '-Htln']).stdout, 5, 'nc')
+            with serving.standalone(self.host) as server:
+                reply = server.api('POST', '/api/vpn/invite', {})
+                self.assertEqual(503, reply.status)
+                self.assertIn('FAAS_ENROLL_BIND', reply.json['hint'])
+            taken.kill()
+
+    def test_stop_lets_a_running_request_finish(self):
+        server = serving.Server(self.host, '--standalone').start()
+        ipv6 = server.deploy('slow', {'handler.py': SLOW % 1.5}).json['ipv6']
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            running = threads.submit(server.get, ipv6)
+            lab.wait_until(lambda: self.host.run(['ss', '-Htn', 'state', 'established']).stdout.strip(), 5, 'a client')
+            self.assertEqual(0, server.stop(signal.SIGINT))
+            self.assertEqual('slow', running.result())
+
+
+if __name__ == '__main__':
+    unittest.main()
