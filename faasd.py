@@ -97,10 +97,7 @@ class StartError(Exception):
 
 
 def read_settings(environ, path=ENV_FILE):
-    """{name without FAAS_, in lower case.
-
-    Value} from the environment, then the file, then the defaults. Raises StartError.
-    """
+    """{'wg_port': value, …} from the environment, then the file, then the defaults. Raises StartError."""
     texts = {}
     with contextlib.suppress(FileNotFoundError), open(path) as file:
         for line in file:
@@ -502,9 +499,8 @@ class Faasd:
         except (FileNotFoundError, ValueError):
             return
         for name, (pid, started) in record['children'].items():
-            if shell.start_time(pid) == started:
-                self.emit('faasd', f'Ending {name}, left by a run that was killed')
-                os.kill(pid, signal.SIGTERM)
+            if shell.end(pid, started):
+                self.emit('faasd', f'Ended {name}, left by a run that was killed')
         if record['interface'] == self.vpn.interface:
             self.vpn.take_down()
         shell.remove_file(path)
@@ -754,15 +750,15 @@ class Faasd:
         return self.vpn.create_client_config(peer.ipv6)
 
     def vpn_create(self, name, public_key, role='peer'):
-        """A peer by somebody who may; (the document's three fields, the peer's name)."""
+        """A peer for somebody who may make one; returns the document's three fields and the peer's name."""
         peer = self.registry.add_peer(name, vpn_manager.check_key(public_key), role)
         self.emit('vpn', f'Created peer: {name} → {peer.ipv6}', name=name)
         return self._welcome(peer), peer.name
 
     def redeem(self, invite_id, nonce, proof, body):
-        """A peer by an invite: `proof` is the request's HMAC.
+        """A peer by an invite, whose request's HMAC is `proof`.
 
-        (the document's three fields as bytes, peer's name, the answer's HMAC).
+        Returns the answer's body with the document's three fields, the peer's name, and the answer's HMAC.
         """
         invite = self.registry.invite(invite_id)
         # An unknown invite costs as much time as a known one with a wrong proof.
@@ -829,8 +825,10 @@ class Faasd:
         self._stack.callback(shell.remove_file, path)
         self._serve(sock, lambda address: Caller('local'), threads=16, timeout_s=60)
         self._serve(bound(registry.GATEWAY, CONTROL_PORT), self._peer_at, threads=16, timeout_s=30)
-        self._enroll, self._enroll_lock = None, threading.Lock()
-        self._stack.callback(self._close_enroll)
+        self._enroll, self._enroll_socket, self._enroll_lock = None, None, threading.Lock()
+        self._stack.callback(self._close_enroll, for_good=True)
+        with contextlib.suppress(OSError):  # the first invite will say it
+            self._bind_enroll()
         if self.settings['enroll'] == 'open':
             self.emit(
                 'vpn',
@@ -848,12 +846,20 @@ class Faasd:
         peer = self.registry.peer_at(address[0])
         return Caller(peer.role, peer.name) if peer else Caller('stranger')
 
+    def _bind_enroll(self):
+        """Keep the port from the start: it is of those that the kernel gives to outgoing connections."""
+        if self._enroll_socket is None:
+            self._enroll_socket = bound(
+                *vpn_manager.split_endpoint(self.settings['enroll_bind'], WIREGUARD_PORT)
+            )
+
     def _open_enroll(self):
         with self._enroll_lock:
             if self._enroll is None:
-                host, port = vpn_manager.split_endpoint(self.settings['enroll_bind'], WIREGUARD_PORT)
                 try:
-                    sock = bound(host, port)
+                    self._bind_enroll()
+                    sock = self._enroll_socket.dup()
+                    sock.listen(128)
                 except OSError as error:
                     raise RequestError(
                         503,
@@ -865,12 +871,15 @@ class Faasd:
                 )
                 self.emit('vpn', f'Invites can be redeemed at tcp {self.settings["enroll_bind"]}')
 
-    def _close_enroll(self):
+    def _close_enroll(self, for_good=False):
         with self._enroll_lock:
             if self._enroll is not None:
                 self._enroll.close()
                 self._enroll = None
-                self.emit('vpn', f'Closed tcp {self.settings["enroll_bind"]}: no invite is open')
+                self._enroll_socket.shutdown(socket.SHUT_RD)  # it listens no more, and stays bound
+                self.emit('vpn', f'Closed tcp {self.settings["enroll_bind"]}')
+            if for_good and self._enroll_socket:
+                self._enroll_socket.close()
 
     def _adjust_enroll(self):
         """Listen there while an invite is outstanding, and no longer."""

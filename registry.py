@@ -424,16 +424,17 @@ class Registry:
         """The live peer that has the address (as the document writes it), or None."""
         return next((peer for peer in self.peers() if peer.ipv6 == ipv6), None)
 
-    def add_peer(self, name, public_key, role='peer', ipv6=None, preshared_key=None):
-        """A new Peer; without `ipv6` it gets the next address.
+    def add_peer(self, name, public_key, role='peer', ipv6=None, preshared_key=None, invite_id=None):
+        """A new Peer, made by that invite if one is given; without `ipv6` it gets the next address.
 
         Raises BadName, NameTaken, KeyTaken, AddressTaken, RangeFull.
         """
         check_name(name)
         with self._change_within() as db:
-            if db.execute('SELECT 1 FROM peers WHERE name = ?', (name,)).fetchone():
+            if name in self._taken(db, invite_id):
                 raise NameTaken(
-                    f"a peer '{name}' exists already", f"choose another name, or 'faas vpn remove {name}' first"
+                    f"a peer or an open invite '{name}' exists already",
+                    f"choose another name, or 'faas vpn remove {name}' first",
                 )
             if db.execute('SELECT 1 FROM peers WHERE public_key = ?', (public_key,)).fetchone():
                 raise KeyTaken('another peer has this public key')
@@ -489,11 +490,7 @@ class Registry:
             db.execute('DELETE FROM invites WHERE expires <= ?', (now,))
             if name is not None:
                 check_name(name)
-                if db.execute(
-                    'SELECT 1 FROM peers WHERE name = :n'
-                    ' UNION SELECT 1 FROM invites WHERE name = :n AND redeemed IS NULL',
-                    {'n': name},
-                ).fetchone():
+                if name in self._taken(db):
                     raise NameTaken(f"a peer or an open invite '{name}' exists already", 'choose another name')
             invite = Invite(secrets.token_hex(8), secrets.token_bytes(32), name, role, now + lifetime_s)
             db.execute('INSERT INTO invites (id, secret, name, role, expires) VALUES (?, ?, ?, ?, ?)', invite)
@@ -536,7 +533,8 @@ class Registry:
                 if made is None:
                     raise BadInvite
                 return Peer(*made)
-            peer = self.add_peer(fixed or self._unique(db, check_name(name)), public_key, role)
+            name = fixed or self._unique(db, check_name(name))
+            peer = self.add_peer(name, public_key, role, invite_id=invite_id)
             db.execute(
                 'UPDATE invites SET redeemed = ?, public_key = ?, peer = (SELECT id FROM peers WHERE name = ?)'
                 ' WHERE id = ?',
@@ -545,11 +543,17 @@ class Registry:
             return peer
 
     @staticmethod
-    def _unique(db, name):
-        taken = {
-            row[0] for row in db.execute('SELECT name FROM peers UNION SELECT name FROM invites WHERE name NOT NULL')
-        }
-        candidate, number = name, 1
+    def _taken(db, invite_id=None):
+        """The names of peers, and of the invites but one that can still be redeemed."""
+        names = db.execute(
+            'SELECT name FROM peers UNION SELECT name FROM invites'
+            ' WHERE name NOT NULL AND redeemed IS NULL AND expires > ? AND id IS NOT ?',
+            (int(time.time()), invite_id),
+        )
+        return {name for (name,) in names}
+
+    def _unique(self, db, name):
+        taken, candidate, number = self._taken(db), name, 1
         while candidate in taken:
             number += 1
             candidate = f'{name[: 63 - len(f"-{number}")].rstrip("-")}-{number}'

@@ -1,7 +1,4 @@
-"""Runs the programs that faasd leans on.
-
-Ip, wg, wireguard-go, nft, coredns, runc. No other module of the daemon starts one.
-"""
+"""Runs the programs that faasd leans on; no other module of the daemon starts one."""
 
 import contextlib
 import logging
@@ -62,10 +59,7 @@ def start(argv, *, output=False, **environ):
 
 
 def run_with_fds(argv, fds, timeout_s=30):
-    """Run argv to its end with just the descriptors {number there.
-
-    Ours}, which subprocess cannot renumber; return its exit code.
-    """
+    """Run argv to its end with `fds`, {its number there: our descriptor}, and no others; return its exit code."""
     log.debug('+ %s', ' '.join(argv))
     actions = [(os.POSIX_SPAWN_OPEN, 0, '/dev/null', os.O_RDONLY, 0)]
     actions += [(os.POSIX_SPAWN_DUP2, fds[number], number) for number in sorted(fds)]
@@ -124,12 +118,30 @@ def sync_folder(folder):
 
 
 def start_time(pid):
-    """Clock ticks since boot at which `pid` started (proc(5), stat field 22), or None.
-
-    With it a pid names one process for good.
-    """
+    """Clock ticks since boot at which `pid` started (proc(5), stat field 22), or None: with it a pid is unique."""
     try:
         with open(f'/proc/{pid}/stat') as file:
             return int(file.read().rpartition(')')[2].split()[19])
     except (OSError, IndexError, ValueError):
         return None
+
+
+def end(pid, started, timeout_s=5):
+    """End process `pid` if it still is the one with that start time: SIGTERM, then SIGKILL. True if it was."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    try:
+        if start_time(pid) != started:
+            return False
+        ended = select.poll()
+        ended.register(pidfd, select.POLLIN)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, number)
+            if ended.poll(timeout_s * 1000):
+                break
+        return True
+    finally:
+        os.close(pidfd)

@@ -243,10 +243,7 @@ class VPNManager:
         return PEER_CONF.format(name=peer.name, public_key=peer.public_key, preshared=preshared, ipv6=peer.ipv6)
 
     def _reload_wireguard(self, peers):
-        """Apply interface and peers as one complete file.
-
-        Syncconf takes a missing [Interface] or an empty list at its word.
-        """
+        """Apply interface and peers as one complete file: `wg syncconf` takes away what it does not name."""
         text = f'[Interface]\nListenPort = {self.port}\nPrivateKey = {self._private_key()}\n\n'
         text += '\n'.join(self._render(peer) for peer in peers)
         with private_file(text) as path:

@@ -243,9 +243,8 @@ class Containers:
                 raise ContainerError(self._runc_said(errors) or f'runc ended with exit code {code}')
             with open(pid_file) as file:
                 pid = int(file.read())
-            pidfd = os.pidfd_open(pid)
             self._write(bundle, 'record.json', record | {'pid': pid, 'start_time': shell.start_time(pid)})
-            return Container(ident, pid, pidfd, slot)
+            return Container(ident, pid, os.pidfd_open(pid), slot)
         except BaseException as error:
             self._delete(ident)
             with self._lock:
@@ -429,10 +428,7 @@ class Container(NamedTuple):
 
 
 class Log:
-    """The output of a function's instances, in a file of bounded size.
-
-    The last lines of each instance are kept at hand.
-    """
+    """The output of a function's instances, in a file of bounded size."""
 
     def __init__(self, path):
         self.path = path
@@ -476,14 +472,16 @@ class LogPipe:
         except BlockingIOError:
             return True
         if not data:
-            os.close(self.reader)
-            self._ended.set()
             return False
         self._log.append(data)
         *lines, self._rest = (self._rest + data).split(b'\n')
         self._lines.extend(line[:LINE_LIMIT] for line in lines)
         self._rest = self._rest[-LINE_LIMIT:]
         return True
+
+    def close(self):
+        os.close(self.reader)
+        self._ended.set()
 
     def wait(self):
         """Return when all was copied that an instance wrote before its end; a second at most."""
@@ -509,6 +507,7 @@ class LogCopier:
     def _run(self):
         while True:
             for fd, _ in self._epoll.poll():
-                pipe = self._pipes.pop(fd)
-                if pipe.copy():
-                    self._pipes[fd] = pipe
+                if not self._pipes[fd].copy():
+                    # Before it is closed: runc's child may hold a copy between fork and exec, and epoll would go on.
+                    self._epoll.unregister(fd)
+                    self._pipes.pop(fd).close()

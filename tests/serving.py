@@ -1,4 +1,5 @@
-"""A real faasd on a host of its own, for tests: start it, talk to its API from outside, ask its functions from inside."""
+"""A real faasd on a host of its own: start it, talk to its API from outside, ask its functions from inside."""
+
 import contextlib
 import http.client
 import io
@@ -82,8 +83,9 @@ class Server:
         return self
 
     def _read(self, stream):
-        for line in stream:
-            self.lines.append(line)
+        with stream:
+            for line in stream:
+                self.lines.append(line)
 
     def printed(self, text):
         return any(text in line for line in self.lines)
@@ -94,10 +96,8 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(number)
         code = self.process.wait(60)
-        if number == signal.SIGKILL:  # its children live on, and hold the pipe
-            return code
-        self._reader.join(10)
-        self.process.stdout.close()
+        if number != signal.SIGKILL:  # its children live on then, and hold the pipe
+            self._reader.join(10)
         return code
 
     def restart(self):

@@ -383,6 +383,20 @@ class Output(unittest.TestCase):
         self.assertEqual(lines[-container.TAIL_LINES - 1 :], pipe.tail())
         self.assertEqual(b'line 49\nend\xff', self.log.last(2))
 
+    def test_a_copy_of_the_reading_end_in_a_child_does_not_end_the_copier(self):
+        pipe = self.pipe()
+        held = os.dup(pipe.reader)  # as a child has between its fork and its exec
+        self.addCleanup(os.close, held)
+        pipe.close_writer()
+        pipe.wait()
+        with unittest.mock.patch.object(threading, 'excepthook') as fault:
+            again = self.pipe()
+            os.write(again.writer, b'after\n')
+            again.close_writer()
+            again.wait()
+        fault.assert_not_called()
+        self.assertEqual(['after'], again.tail())
+
     def test_a_line_without_end_takes_no_more_memory(self):
         pipe = self.pipe()
         for _ in range(64):

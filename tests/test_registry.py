@@ -434,12 +434,23 @@ class Invites(RegistryTest):
         invite = self.registry.add_invite('laptop')
         with self.assertRaisesRegex(registry.NameTaken, 'open invite'):
             self.registry.add_invite('laptop')
+        with self.assertRaisesRegex(registry.NameTaken, 'open invite'):
+            self.registry.add_peer('laptop', KEYS[2])
         self.assertEqual('laptop-2', self.redeem(self.registry.add_invite(), key=KEYS[1]).name)
         self.assertEqual('laptop', self.redeem(invite, name='whatever').name)
         with self.assertRaises(registry.NameTaken):
             self.registry.add_invite('laptop')
         with self.assertRaises(registry.BadName):
             self.registry.add_invite('../x')
+
+    def test_a_name_is_free_again_when_its_invite_is_over(self):
+        self.registry.add_invite('old', lifetime_s=0)
+        self.assertEqual('old', self.registry.add_peer('old', KEYS[0]).name)
+        invite = self.registry.add_invite('gone')
+        self.redeem(invite, key=KEYS[1])
+        self.registry.begin_peer_removal('gone')
+        self.registry.end_peer_removal('gone')
+        self.assertEqual('gone', self.redeem(self.registry.add_invite(), 'gone', KEYS[2]).name)
 
     def test_a_taken_key_leaves_the_invite_good(self):
         self.registry.add_peer('other', KEYS[0])

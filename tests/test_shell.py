@@ -151,6 +151,22 @@ class Files(InFolder):
         self.assertEqual([], os.listdir(self.folder))
 
 
+class End(unittest.TestCase):
+    def test_a_process_is_gone_afterwards_also_one_that_ignores_sigterm(self):
+        for ignore in ('', 'trap "" TERM;'):
+            with shell.start(['sh', '-c', f'{ignore} echo on; while :; do sleep 0.1; done'], output=True) as process:
+                self.assertEqual(b'on\n', process.stdout.readline())
+                self.assertTrue(shell.end(process.pid, shell.start_time(process.pid), timeout_s=0.3))
+                self.assertEqual(signal.SIGKILL if ignore else signal.SIGTERM, -process.wait(0))
+
+    def test_another_process_of_that_number_is_left_alone(self):
+        with shell.start(['sleep', '1000']) as process:
+            self.assertFalse(shell.end(process.pid, shell.start_time(process.pid) - 1))
+            self.assertIsNone(process.poll())
+            process.kill()
+        self.assertFalse(shell.end(process.pid, 1))
+
+
 class StartTime(unittest.TestCase):
     def test_it_tells_a_process_from_a_later_one_and_is_none_for_none(self):
         mine = shell.start_time(os.getpid())
