@@ -175,6 +175,13 @@ class Loop:
         self._calls.append((function, args))
         os.eventfd_write(self._wake, 1)
 
+    def wait(self, function, *args):
+        """Run it in the loop's thread, and return when that is done. From any other thread."""
+        done = threading.Event()
+        self.call(function, *args)
+        self.call(done.set)
+        done.wait()
+
     def later(self, delay_s, function, *args):
         heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._order), function, args))
 
@@ -250,17 +257,14 @@ class FaaSServer:
 
     def remove_listener(self, ipv6):
         """Listen no more; blocks until it is so. An address without a listener is left at that."""
-        done = threading.Event()
-        self._loop.call(self._remove, ipv6, done)
-        done.wait()
+        self._loop.wait(self._remove, ipv6)
 
-    def _remove(self, ipv6, done):
+    def _remove(self, ipv6):
         listener = self._listeners.pop(ipv6, None)
         if listener:
             self._gate(listener, False)
             listener.pool.gate = lambda is_open: None
             listener.sock.close()
-        done.set()
 
     def permit(self, permitted):
         """Hand nothing out while permitted is False: without the nftables table a passed socket opens the host."""
@@ -849,9 +853,7 @@ class Faasd:
     def _bind_enroll(self):
         """Keep the port from the start: it is of those that the kernel gives to outgoing connections."""
         if self._enroll_socket is None:
-            self._enroll_socket = bound(
-                *vpn_manager.split_endpoint(self.settings['enroll_bind'], WIREGUARD_PORT)
-            )
+            self._enroll_socket = bound(*vpn_manager.split_endpoint(self.settings['enroll_bind'], WIREGUARD_PORT))
 
     def _open_enroll(self):
         with self._enroll_lock:

@@ -37,7 +37,7 @@ class StartFailed(Exception):
 class Surroundings(NamedTuple):
     """What every pool of a server shares."""
 
-    loop: object  # call(f, *args) from any thread, later(s, f, *args), watch(fd, f), unwatch(fd)
+    loop: object  # call(f, *args) and wait(f, *args) from any thread, later(s, f, *args), watch(fd, f), unwatch(fd)
     containers: object  # handlers.container.Containers
     copier: object  # handlers.container.LogCopier
     workers: concurrent.futures.Executor
@@ -159,13 +159,13 @@ class Instance:
             if message[1:] != bytes((protocol.VERSION,)):
                 raise protocol.ProtocolError('another version')
         elif kind == protocol.READY:
-            self.kind = message[1:].decode(errors='replace')
+            self.kind = text_of(message)
             if self.state == 'starting':
                 self.state = 'ready'
                 self.up.set_result(self)
                 self.pool.ready(self)
         elif kind == protocol.FAILED:
-            self._reason = message[1:].decode(errors='replace')
+            self._reason = text_of(message)
         else:
             raise protocol.ProtocolError('unknown message')
 
@@ -207,7 +207,7 @@ class Pool:
         self.reason = None  # why the last instance ended that should not have
         self.gate = lambda is_open: None  # the listener's: False while nobody could take a connection
         self._serving = self._starting = None
-        self._instances = set()
+        self._instances, self._replaced = set(), set()  # the folders of revisions that were replaced
         self._pending = collections.deque()  # accepted, and nobody's yet
         self._retried = weakref.WeakSet()  # connections that one instance left untouched when it died
         self._failures, self._not_before, self._closed = 0, 0.0, False
@@ -224,8 +224,8 @@ class Pool:
         return instance.up.result()
 
     def switch(self, instance):
-        """Connections go to `instance` from now on; the one before finishes what it holds."""
-        self.around.loop.call(self._switch, instance)
+        """Connections go to `instance` from its return on; the one before finishes what it holds."""
+        self.around.loop.wait(self._switch, instance)
 
     def discard(self, instance):
         """Blocks until an instance that never served is gone."""
@@ -295,8 +295,10 @@ class Pool:
 
     def _switch(self, instance):
         before, self._serving, self._starting = self._serving, instance, None
-        folder, self.revision, self.folder = self.folder, instance.revision, instance.folder
-        self._forget(folder)
+        if self.folder not in (None, instance.folder):
+            self._replaced.add(self.folder)
+        self.revision, self.folder = instance.revision, instance.folder
+        self._forget_replaced()
         if instance.state == 'dead':  # between its readiness and this call
             self._serving = None
             self.gate(True)
@@ -305,9 +307,10 @@ class Pool:
         self.around.loop.later(YOUNG_S, self._grown, instance)
         self.flush()
 
-    def _forget(self, folder):
-        """Delete a revision's files once neither the function nor an instance that finishes its work needs them."""
-        if folder not in (None, self.folder, *(instance.folder for instance in self._instances)):
+    def _forget_replaced(self):
+        """Delete the files of replaced revisions, unless an instance that finishes its work needs them."""
+        for folder in self._replaced - {instance.folder for instance in self._instances}:
+            self._replaced.discard(folder)
             self.around.workers.submit(shutil.rmtree, folder, ignore_errors=True)
 
     def _grown(self, instance):
@@ -336,7 +339,7 @@ class Pool:
 
     def ended(self, instance, before, reason):
         self._instances.discard(instance)
-        self._forget(instance.folder)
+        self._forget_replaced()
         expected = before == 'stopping'
         if instance is self._serving:
             self._serving = None
@@ -373,16 +376,21 @@ class Pool:
             self._closed.set_result(None)
 
 
+def text_of(message):
+    """What a function says of itself, as one printable line."""
+    text = message[1:].decode(errors='replace')
+    return ''.join(letter if letter.isprintable() else '\ufffd' for letter in text)
+
+
 def progress(connection):
     """(anything was read from it, anything was written to it) by whoever held it: the kernel's TCP_INFO knows.
 
     struct tcp_info of linux/tcp.h: tcpi_bytes_received at 128, tcpi_notsent_bytes at 144, tcpi_bytes_sent at 200.
     """
-    try:
-        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        (unread,) = struct.unpack('i', fcntl.ioctl(connection, termios.FIONREAD, b'\0' * 4))
-    except OSError:  # it was reset: nobody waits any more
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    if info[0] == 7:  # TCP_CLOSE: it was reset, nobody waits any more
         return True, True
+    (unread,) = struct.unpack('i', fcntl.ioctl(connection, termios.FIONREAD, b'\0' * 4))
     (received,) = struct.unpack_from('Q', info, 128)
     (notsent,) = struct.unpack_from('I', info, 144)
     (sent,) = struct.unpack_from('Q', info, 200)

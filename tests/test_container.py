@@ -8,6 +8,7 @@ import signal
 import tempfile
 import threading
 import unittest
+import unittest.mock
 
 import shell
 from handlers import container

@@ -429,7 +429,8 @@ class OneServer(unittest.TestCase):
         proof = hmac.new(mac, fields('faas1 request', token['i'], nonce, body), 'sha256').hexdigest()
         out = self.laptop.run(
             ['curl', '-si', '--max-time', '5', f'http://{token["a"]}/api/vpn/create',
-             '-H', f'Faas-Invite: {token["i"]}', '-H', f'Faas-Nonce: {nonce}', '-H', f'Faas-Proof: {proof}', '--data-binary', body.decode()]
+             '-H', f'Faas-Invite: {token["i"]}', '-H', f'Faas-Nonce: {nonce}', '-H', f'Faas-Proof: {proof}',
+             '--data-binary', body.decode()]
         ).stdout
         head, _, answer = out.partition('\n\n')
         lines = head.replace('\r', '').split('\n')

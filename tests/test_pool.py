@@ -1,0 +1,358 @@
+"""Pool with real containers and connections: who gets the next one, and what becomes of it when an instance dies."""
+
+import concurrent.futures
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import time
+import unittest
+from unittest import mock
+
+import faasd
+from handlers import container, pool, protocol
+from tests import inside, lab
+
+# Says its name. A request of "slow" waits until the file `go` is there, "half" answers a part and then waits, "die"
+# reads and dies.
+SOURCE = """
+import os, time
+def wait():
+    while not os.path.exists('/function/go'):
+        time.sleep(0.01)
+def handle(connection, address):
+    request = connection.recv(64)
+    if request == b'die':
+        os.kill(os.getpid(), 9)
+    if request == b'half':
+        connection.sendall(b'ha')
+        wait()
+    if request == b'slow':
+        wait()
+    connection.sendall(b'%s')
+"""
+DIES = 'import os\nos._exit(7)\n'
+REFUSES = 'print("one")\nraise RuntimeError("no licence")\n'
+
+
+class Progress(unittest.TestCase):
+    """Over real TCP, since the kernel's counters are what is asked."""
+
+    def setUp(self):
+        with socket.create_server(('::1', 0), family=socket.AF_INET6) as listener:
+            self.client = socket.create_connection(listener.getsockname()[:2])
+            self.held, _ = listener.accept()
+        self.addCleanup(self.client.close)
+        self.addCleanup(self.held.close)
+
+    def see(self, *expected):
+        lab.wait_until(lambda: pool.progress(self.held) == expected, 5, f'{expected}, not {pool.progress(self.held)}')
+
+    def test_nothing_and_what_waits_unread_are_untouched(self):
+        self.see(False, False)
+        self.client.sendall(b'request')
+        self.see(False, False)
+        self.client.shutdown(socket.SHUT_WR)
+        self.see(False, False)
+
+    def test_a_byte_read_is_seen(self):
+        self.client.sendall(b'request')
+        self.held.recv(1)
+        self.see(True, False)
+
+    def test_a_byte_written_is_seen_also_before_it_is_sent(self):
+        self.held.sendall(b'a')
+        self.see(False, True)
+        self.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        self.held.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.held.send(b'x' * 65536)
+        self.see(False, True)
+
+    def test_an_end_that_was_read_is_no_request(self):
+        self.client.shutdown(socket.SHUT_WR)
+        self.assertEqual(b'', self.held.recv(1))
+        self.see(False, False)
+
+    def test_a_reset_one_waits_for_nothing(self):
+        self.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes((1, 0, 0, 0, 0, 0, 0, 0)))
+        self.client.close()
+        with contextlib.suppress(ConnectionError):
+            self.held.recv(1)
+        self.see(True, True)
+
+
+class Function:
+    """A pool with its listener, as FaaSServer has it, in a host."""
+
+    def __init__(self, stack, start_timeout_s=10):
+        self.events, self.stack = [], stack
+        self.folder = pathlib.Path(f'/var/lib/functions/{os.urandom(4).hex()}')
+        self.folder.mkdir(parents=True)
+        self.loop = faasd.Loop()
+        stack.callback(self.loop.stop)
+        workers = stack.enter_context(concurrent.futures.ThreadPoolExecutor(4))
+        containers = stack.enter_context(inside.containers())
+        around = pool.Surroundings(self.loop, containers, container.LogCopier(), workers, self.note, start_timeout_s)
+        self.pool = pool.Pool('test', container.Log(str(self.folder / 'log')), around)
+        stack.callback(lambda: self.pool.close(0).result(20))
+        self.listener = stack.enter_context(socket.create_server(('::1', 0), family=socket.AF_INET6))
+        self.listener.setblocking(False)
+        self.gates, self.is_open = [], False
+        self.pool.gate = self.gate
+        self.loop.call(self.gate, True)
+
+    def note(self, area, text, name=None, problem=False):
+        self.events.append((time.monotonic(), text))
+
+    def gate(self, is_open):
+        self.gates.append(is_open)
+        if is_open != self.is_open:
+            self.is_open = is_open
+            if is_open:
+                self.loop.watch(self.listener.fileno(), self.accept)
+            else:
+                self.loop.unwatch(self.listener.fileno())
+
+    def accept(self):
+        if self.pool.take():
+            with contextlib.suppress(BlockingIOError):
+                self.pool.dispatch(self.listener.accept()[0])
+
+    def revision(self, number, source=None):
+        folder = self.folder / str(number)
+        folder.mkdir()
+        (folder / 'handler.py').write_text(source or SOURCE % f'revision {number}')
+        return str(folder), number
+
+    def deploy(self, number, source=None):
+        instance = self.pool.start(*self.revision(number, source))
+        self.pool.switch(instance)
+        return instance
+
+    def connect(self, request=b'hi'):
+        client = self.stack.enter_context(socket.create_connection(self.listener.getsockname()[:2]))
+        client.settimeout(15)
+        client.sendall(request)
+        return client
+
+    def ask(self, request=b'hi'):
+        return inside.read_all(self.connect(request)).decode()
+
+    def holds(self, instance, count):
+        lab.wait_until(lambda: len(instance.connections) == count, 10, f'{count} connections')
+
+    @staticmethod
+    def go(instance):
+        """Let its slow requests go on."""
+        pathlib.Path(instance.folder, 'go').touch()
+
+    @staticmethod
+    def end(instance, number=signal.SIGKILL):
+        os.kill(instance._container.pid, number)
+
+
+class Serving(inside.InHost):
+    @inside.inside
+    def test_a_new_revision_takes_over_and_the_old_one_finishes_what_it_holds(self):
+        function = Function(self.stack)
+        first = function.deploy(1)
+        self.assertEqual(('running', None), function.pool.status())
+        slow = function.connect(b'slow')
+        function.holds(first, 1)
+        function.deploy(2)
+        self.assertEqual('revision 2', function.ask())
+        self.assertEqual('stopping', first.state)
+        self.assertTrue((function.folder / '1').exists())  # it may still import from it
+        function.go(first)
+        self.assertEqual(b'revision 1', inside.read_all(slow))
+        first.gone.result(10)
+        lab.wait_until(lambda: not (function.folder / '1').exists(), 5, 'its files to go')
+        self.assertTrue((function.folder / '2').exists())
+        self.assertEqual([], function.events)
+
+    @inside.inside
+    def test_an_instance_holds_no_more_than_its_share(self):
+        function = Function(self.stack)
+        with mock.patch.object(pool, 'MOST_CONNECTIONS', 2):
+            instance = function.deploy(1)
+            slow = [function.connect(b'slow') for _ in range(3)]
+            function.holds(instance, 2)
+            lab.wait_until(lambda: not function.is_open, 5, 'the gate to close')
+            function.go(instance)
+            self.assertEqual([b'revision 1'] * 3, [inside.read_all(client) for client in slow])
+            lab.wait_until(lambda: function.is_open, 5, 'the gate to open')
+
+    @inside.inside
+    def test_a_runtime_that_does_not_read_loses_no_connection(self):
+        function = Function(self.stack)
+        instance = function.deploy(1)
+        children = f'/proc/{instance._container.pid}/task/{instance._container.pid}/children'
+        runtime = int(pathlib.Path(children).read_text().split()[0])
+        os.kill(runtime, signal.SIGSTOP)
+        clients = [function.connect() for _ in range(400)]  # more than a socket buffer of messages
+        lab.wait_until(lambda: function.pool._pending, 5, 'the channel to be full')
+        os.kill(runtime, signal.SIGCONT)
+        self.assertEqual({b'revision 1'}, {inside.read_all(client) for client in clients})
+
+    @inside.inside
+    def test_close_waits_for_what_runs_within_its_time(self):
+        for within_s, answer in ((10, b'revision 1'), (0.3, b'')):
+            with self.subTest(within_s):
+                function = Function(self.stack)
+                instance = function.deploy(1)
+                slow = function.connect(b'slow')
+                function.holds(instance, 1)
+                done = function.pool.close(within_s)
+                with self.assertRaises(TimeoutError):
+                    done.result(0.15)
+                if answer:
+                    function.go(instance)
+                done.result(5)
+                got = inside.read_all(slow)
+                self.assertEqual(answer or protocol.BAD_GATEWAY, got)
+
+
+class Deaths(inside.InHost):
+    @inside.inside
+    def test_what_an_instance_never_touched_goes_to_the_next_one(self):
+        function = Function(self.stack)
+        instance = function.deploy(1)
+        function.end(instance, signal.SIGSTOP)  # PID 1 only: it would have reaped the runtime
+        children = f'/proc/{instance._container.pid}/task/{instance._container.pid}/children'
+        os.kill(int(pathlib.Path(children).read_text().split()[0]), signal.SIGSTOP)
+        clients = [function.connect() for _ in range(5)]
+        function.holds(instance, 5)
+        function.end(instance)
+        self.assertEqual([b'revision 1'] * 5, [inside.read_all(client) for client in clients])
+
+    @inside.inside
+    def test_a_request_that_was_read_is_answered_502_and_a_part_of_an_answer_is_reset(self):
+        function = Function(self.stack)
+        instance = function.deploy(1)
+        read, half = function.connect(b'slow'), function.connect(b'half')
+        self.assertEqual(b'ha', half.recv(2))
+        function.holds(instance, 2)
+        lab.wait_until(lambda: all(pool.progress(c)[0] for c in instance.connections.values()), 5, 'both to be read')
+        function.end(instance)
+        self.assertEqual(protocol.BAD_GATEWAY, inside.read_all(read))
+        with self.assertRaises(ConnectionResetError):
+            half.recv(64)
+
+    @inside.inside
+    def test_a_connection_that_two_instances_died_with_is_given_up(self):
+        function = Function(self.stack)
+        with mock.patch.object(pool, 'FIRST_DELAY_S', 0.01):
+            first = function.deploy(1)
+            (function.folder / '1' / 'handler.py').write_text(
+                'import os\ndef handle(connection, address):\n    os.kill(os.getpid(), 9)\n'
+            )
+            for pid in self.processes(first):
+                os.kill(pid, signal.SIGSTOP)
+            client = function.connect()
+            function.holds(first, 1)
+            function.end(first)
+            self.assertEqual(protocol.BAD_GATEWAY, inside.read_all(client))
+        lab.wait_until(lambda: len(function.events) == 2, 5, 'both ends')
+
+    @staticmethod
+    def processes(instance):
+        pid = instance._container.pid
+        children = pathlib.Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
+        return [pid, *map(int, children)]
+
+    @inside.inside
+    def test_one_that_dies_young_again_and_again_is_started_ever_later(self):
+        function = Function(self.stack)
+        function.deploy(1)
+        with mock.patch.object(pool, 'FIRST_DELAY_S', 0.05):
+            for _ in range(4):
+                function.ask(b'die')
+        lab.wait_until(lambda: len(function.events) == 4, 5, 'four ends')
+        moments = [moment for moment, _ in function.events]
+        waits = [after - before for before, after in zip(moments, moments[1:])]
+        for number, wait_s in enumerate(waits, 1):
+            self.assertGreater(wait_s, 0.05 * 2**number)
+        status, reason = function.pool.status()
+        self.assertEqual('crashing', status)
+        self.assertIn('SIGKILL', reason)
+
+    @inside.inside
+    def test_one_that_grew_old_is_replaced_at_once_and_well_again(self):
+        function = Function(self.stack)
+        with mock.patch.object(pool, 'YOUNG_S', 0.2):
+            first = function.deploy(1)
+            function.ask(b'die')
+            lab.wait_until(lambda: function.pool.status()[0] == 'crashing', 5, 'crashing')
+            self.assertEqual('revision 1', function.ask())
+            lab.wait_until(lambda: function.pool.status() == ('running', None), 5, 'running')
+        self.assertEqual('dead', first.state)
+
+    @inside.inside
+    def test_one_that_breaks_the_protocol_is_ended(self):
+        function = Function(self.stack)
+        function.deploy(1, SOURCE % 'x' + 'os.write(3, b"?")\n')
+        lab.wait_until(lambda: function.events, 5, 'its end')
+        self.assertIn('closed its channel', function.events[0][1])
+
+
+class Starting(inside.InHost):
+    @inside.inside
+    def test_one_that_does_not_start_says_why_and_leaves_the_other_serving(self):
+        function = Function(self.stack, start_timeout_s=1.5)
+        function.deploy(1)
+        for number, (source, reason, log) in enumerate(
+            (
+                (REFUSES, 'RuntimeError: no licence', ['one', 'Traceback']),
+                (DIES, 'ended with exit code 7', []),
+                ('import time\ntime.sleep(60)\n', r'not ready within 1.5 s \(FAAS_START_TIMEOUT\)', []),
+            ),
+            2,
+        ):
+            with self.subTest(reason):
+                with self.assertRaisesRegex(pool.StartFailed, reason) as caught:
+                    function.pool.start(*function.revision(number, source))
+                self.assertEqual(log, [line.split(' ')[0] for line in caught.exception.log[: len(log)]])
+                self.assertEqual('revision 1', function.ask())
+        self.assertEqual(('running', None), function.pool.status())
+        self.assertEqual([], function.events)
+
+    @inside.inside
+    def test_one_that_was_not_wanted_after_all_is_gone(self):
+        function = Function(self.stack)
+        function.deploy(1)
+        instance = function.pool.start(*function.revision(2))
+        function.pool.discard(instance)
+        self.assertEqual('dead', instance.state)
+        self.assertEqual('revision 1', function.ask())
+
+    @inside.inside
+    def test_one_that_dies_between_its_readiness_and_its_turn_is_replaced(self):
+        function = Function(self.stack)
+        instance = function.pool.start(*function.revision(1))
+        function.end(instance)
+        instance.gone.result(10)
+        function.pool.switch(instance)
+        self.assertEqual('revision 1', function.ask())
+
+    @inside.inside
+    def test_without_a_running_one_the_first_connection_starts_it(self):
+        function = Function(self.stack)
+        function.pool.folder, function.pool.revision = function.revision(1)
+        self.assertEqual(('idle', None), function.pool.status())
+        self.assertEqual('revision 1', function.ask())
+        self.assertEqual(('running', None), function.pool.status())
+
+    @inside.inside
+    def test_what_it_says_of_itself_is_one_printable_line(self):
+        function = Function(self.stack)
+        source = 'raise RuntimeError("\\x1b[2J\\rx")\n'
+        with self.assertRaises(pool.StartFailed) as caught:
+            function.pool.start(*function.revision(1, source))
+        self.assertTrue(str(caught.exception).isprintable(), caught.exception)
+
+
+if __name__ == '__main__':
+    unittest.main()
