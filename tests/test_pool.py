@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import itertools
 import os
 import pathlib
 import signal
@@ -272,7 +273,7 @@ class Deaths(inside.InHost):
                 function.ask(b'die')
         lab.wait_until(lambda: len(function.events) == 4, 5, 'four ends')
         moments = [moment for moment, _ in function.events]
-        waits = [after - before for before, after in zip(moments, moments[1:])]
+        waits = [after - before for before, after in itertools.pairwise(moments)]
         for number, wait_s in enumerate(waits, 1):
             self.assertGreater(wait_s, 0.05 * 2**number)
         status, reason = function.pool.status()
