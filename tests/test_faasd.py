@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 import signal
 import time
@@ -67,6 +68,14 @@ class Settings(unittest.TestCase):
             file.flush()
             settings = faasd.read_settings({'FAAS_CPUS': '0.5'}, file.name)
         self.assertEqual((64 << 20, 0.5, 'wg0'), (settings['memory'], settings['cpus'], settings['wg_interface']))
+
+    def test_the_docs_have_each_setting_with_its_default(self):
+        rows = re.findall(r'^\| `(FAAS_\w+)` \| (?:`(.*?)`)? *\|', (lab.REPO / 'docs/API.md').read_text(), re.M)
+        self.assertEqual({name: default for name, (default, _) in faasd.SETTINGS.items()}, dict(rows))
+
+    def test_the_docs_have_each_endpoint(self):
+        rows = re.findall(r'`([A-Z]+) (/api/[a-z/]+)(NAME)?', (lab.REPO / 'docs/API.md').read_text())
+        self.assertLessEqual(set(faasd.ControlAPI.ROUTES), {(verb, path + (name and '*')) for verb, path, name in rows})
 
     def test_a_bad_value_is_named(self):
         for name, value in (('FAAS_MEMORY', 'lots'), ('FAAS_ENROLL', 'maybe'), ('FAAS_WG_PORT', 'x')):

@@ -5,10 +5,8 @@ continues it, the rest is its output. Files are written in memory: a lab host's 
 """
 
 import contextlib
-import pathlib
 import re
 import subprocess
-import time
 import unittest
 
 from tests import lab
