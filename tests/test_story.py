@@ -1,7 +1,7 @@
-"""The README's story: its commands typed as they stand on a server and a laptop, its outputs compared with the real ones.
+"""The README's story: its commands typed on a server and a laptop, its outputs compared with the real ones.
 
-A ```console block below `<!-- on the server -->` or `<!-- on the laptop -->` is typed there: `$ ` begins a command, `> `
-continues it, the rest is its output. Files are written in memory: a lab host's are an overlay over this machine's.
+A ```console block below `<!-- on the server -->` or `<!-- on the laptop -->` is typed there: `$ ` begins a command,
+`> ` continues it, the rest is its output. Files are written in memory: a lab host's are an overlay over this machine's.
 """
 
 import contextlib
