@@ -14,10 +14,12 @@ import grp
 import heapq
 import hmac
 import http.server
+import ipaddress
 import itertools
 import json
 import os
 import pathlib
+import re
 import resource
 import secrets
 import select
@@ -61,30 +63,50 @@ def size(text):
     return int(text[:-1] if factor > 1 else text) * factor
 
 
-def one_of(*choices):
+def number(convert, least, most):
     def parse(text):
-        if text not in choices:
-            raise ValueError(f'one of {", ".join(choices)} is expected')
+        value = convert(text)
+        if not least <= value <= most:  # nor is NaN
+            raise ValueError(f'a number from {least} to {most} is expected')
+        return value
+
+    return parse
+
+
+def matching(pattern, what):
+    def parse(text):
+        if not re.fullmatch(pattern, text, re.ASCII):
+            raise ValueError(f'{what} is expected')
         return text
 
     return parse
 
 
+def endpoint(text):
+    if text:
+        vpn_manager.split_endpoint(text, WIREGUARD_PORT)
+    return text
+
+
+def resolvers(text):
+    return [str(ipaddress.ip_address(address)) for address in text.split()]
+
+
 SETTINGS = {  # name: (default, parser); docs/API.md has the same table, a test compares them
-    'FAAS_VPN_ENDPOINT': ('', str),
-    'FAAS_WG_INTERFACE': ('wg0', str),
-    'FAAS_WG_PORT': ('51820', int),
-    'FAAS_NFT_TABLE': ('faas', str),
-    'FAAS_ENROLL': ('invite', one_of('invite', 'open')),
-    'FAAS_ENROLL_BIND': ('[::]:51820', str),
-    'FAAS_DNS_FORWARD': ('', str.split),
-    'FAAS_MAX_UPLOAD': ('100M', size),
-    'FAAS_START_TIMEOUT': ('30', float),
-    'FAAS_STOP_TIMEOUT': ('10', float),
-    'FAAS_MEMORY': ('256M', size),
-    'FAAS_PIDS': ('128', int),
-    'FAAS_CPUS': ('1', float),
-    'FAAS_ID_BASE': ('1879048192', int),
+    'FAAS_VPN_ENDPOINT': ('', endpoint),
+    'FAAS_WG_INTERFACE': ('wg0', matching(r'[a-zA-Z0-9_][\w.-]{0,14}', "an interface's name")),
+    'FAAS_WG_PORT': ('51820', number(int, 1, 65535)),
+    'FAAS_NFT_TABLE': ('faas', matching(r'[a-zA-Z]\w{0,30}', "a table's name")),
+    'FAAS_ENROLL': ('invite', matching('invite|open', 'invite or open')),
+    'FAAS_ENROLL_BIND': ('[::]:51820', endpoint),
+    'FAAS_DNS_FORWARD': ('', resolvers),
+    'FAAS_MAX_UPLOAD': ('100M', number(size, 1 << 10, 1 << 40)),
+    'FAAS_START_TIMEOUT': ('30', number(float, 0.1, 3600)),
+    'FAAS_STOP_TIMEOUT': ('10', number(float, 0, 3600)),
+    'FAAS_MEMORY': ('256M', number(size, 16 << 20, 1 << 50)),
+    'FAAS_PIDS': ('128', number(int, 8, 1 << 20)),
+    'FAAS_CPUS': ('1', number(float, 0.01, 4096)),
+    'FAAS_ID_BASE': ('1879048192', number(int, 65536, (1 << 31) - container.ID_SLOTS * container.ID_RANGE)),
 }
 
 
@@ -103,13 +125,15 @@ def read_settings(environ, path=ENV_FILE):
         for line in file:
             key, equals, value = line.strip().partition('=')
             if equals and not key.startswith('#'):
+                if key.strip() not in SETTINGS:
+                    raise StartError(f'{path}: there is no setting {key.strip()}', 'docs/API.md lists them')
                 texts[key.strip()] = value.strip().strip('"\'')
     settings = {}
     for name, (default, parse) in SETTINGS.items():
         text = environ.get(name, texts.get(name, default))
         try:
             settings[name.removeprefix('FAAS_').lower()] = parse(text)
-        except ValueError as error:
+        except (ValueError, vpn_manager.VPNError) as error:
             raise StartError(f'{name}={text}: {error}', f'correct it in {path} or in the environment') from error
     return settings
 
@@ -135,7 +159,7 @@ class Events:
         event = Event(time.time(), area, text, name, problem)
         if problem:
             self._problems.append(event)
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):  # nobody reads it any more, or the disk is full
             print(f'[{area}] {text}', flush=True)
 
     def problems(self):
@@ -376,7 +400,7 @@ class Faasd:
         self.emit = events.emit
         self._stack = contextlib.ExitStack()
         self._stopping = threading.Event()
-        self._functions = {}  # name → (Function, Pool)
+        self._functions = {}  # id → (Function, Pool)
         self._children = {}  # what standalone supervises: name → process
         self._ailing = {}  # what is wrong now: area → text
 
@@ -479,7 +503,6 @@ class Faasd:
             self.emit(
                 'vpn', f'FAAS_VPN_ENDPOINT is not set: newcomers are told {endpoint}, the address of the default route'
             )
-        vpn_manager.split_endpoint(endpoint, WIREGUARD_PORT)
         return endpoint
 
     def _endpoint_parts(self):
@@ -604,13 +627,13 @@ class Faasd:
         its_pool = pool.Pool(function.name, container.Log(f'{self._folder(function)}/log'), self._around)
         its_pool.folder, its_pool.revision = folder, function.revision
         self.server.add_listener(function.ipv6, function.name, its_pool)
-        self._functions[function.name] = function, its_pool
+        self._functions[function.id] = function, its_pool
         return its_pool
 
     def _shut(self, function, within_s):
         """Undo _open; what runs may finish within within_s seconds."""
         self.server.remove_listener(function.ipv6)
-        _, its_pool = self._functions.pop(function.name)
+        _, its_pool = self._functions.pop(function.id)
         return its_pool.close(within_s)
 
     def _close_functions(self):
@@ -646,7 +669,7 @@ class Faasd:
                 its_pool = self._open(function)
                 steps.callback(lambda: self._shut(function, 5).result())
             else:
-                its_pool = self._functions[name][1]
+                _, its_pool = self._functions[function.id]
             instance = its_pool.start(folder, revision)
             steps.callback(its_pool.discard, instance)
             self.registry.commit_revision(function, revision)
@@ -684,7 +707,7 @@ class Faasd:
     def list(self):
         answer = []
         for function in self.registry.functions():
-            _, its_pool = self._functions.get(function.name, (None, None))
+            _, its_pool = self._functions.get(function.id, (None, None))
             status, reason = its_pool.status() if its_pool else ('deploying', None)
             answer.append(
                 {

@@ -422,7 +422,8 @@ class Registry:
 
     def peer_at(self, ipv6):
         """The live peer that has the address (as the document writes it), or None."""
-        return next((peer for peer in self.peers() if peer.ipv6 == ipv6), None)
+        rows = self._rows(f"SELECT {PEER_COLUMNS} FROM peers WHERE ipv6 = ? AND state = 'live'", ipv6)
+        return Peer(*rows[0]) if rows else None
 
     def add_peer(self, name, public_key, role='peer', ipv6=None, preshared_key=None, invite_id=None):
         """A new Peer, made by that invite if one is given; without `ipv6` it gets the next address.

@@ -150,6 +150,19 @@ class InHost(unittest.TestCase):
         cls.host = _hosts[cls.__module__]
 
 
+def tunnel(laptop, private_key, server_key, ipv6):
+    """The tunnel from the laptop of lab.pair() to its server, by hand: wg-faas with no route but its own network."""
+    if laptop.run(['ip', 'link', 'add', 'wg-faas', 'type', 'wireguard'], ok=None).returncode:
+        laptop.run(['wireguard-go', 'wg-faas'])
+    laptop.run(
+        ['wg', 'setconf', 'wg-faas', '/dev/stdin'],
+        input=f'[Interface]\nPrivateKey = {private_key}\n[Peer]\nPublicKey = {server_key}\n'
+        f'Endpoint = {lab.SERVER[0].partition("/")[0]}:51820\nAllowedIPs = fd00:faa5::/32\n',
+    )
+    laptop.run(['ip', 'address', 'add', f'{ipv6}/64', 'dev', 'wg-faas', 'nodad'])
+    laptop.run(['ip', 'link', 'set', 'wg-faas', 'up'])
+
+
 # Containers, in a host
 
 

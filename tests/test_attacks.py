@@ -312,15 +312,7 @@ class Firewall(unittest.TestCase):
                 vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x').load_rules()
 
             key = inside.call(server, begin)
-            if laptop.run(['ip', 'link', 'add', 'wg-faas', 'type', 'wireguard'], ok=None).returncode:
-                laptop.run(['wireguard-go', 'wg-faas'])
-            laptop.run(
-                ['wg', 'setconf', 'wg-faas', '/dev/stdin'],
-                input=f'[Interface]\nPrivateKey = {private}\n[Peer]\nPublicKey = {key}\n'
-                'Endpoint = 203.0.113.10:51820\nAllowedIPs = fd00:faa5::/32\n',
-            )
-            laptop.run(['ip', 'address', 'add', f'{peer.ipv6}/128', 'dev', 'wg-faas', 'nodad'])
-            laptop.run(['ip', 'link', 'set', 'wg-faas', 'up'])
+            inside.tunnel(laptop, private, key, peer.ipv6)
 
             def is_open(address, port):
                 argv = ['curl', '-sg', '--http0.9', '-m1', f'http://{address}:{port}']

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import signal
+import tempfile
 import time
 import unittest
 import unittest.mock
@@ -61,8 +62,6 @@ def fields(*parts):
 
 class Settings(unittest.TestCase):
     def test_environment_before_file_before_default(self):
-        import tempfile
-
         with tempfile.NamedTemporaryFile('w', suffix='.env') as file:
             file.write('# a comment\nFAAS_MEMORY="64M"\nFAAS_CPUS=2\n\n')
             file.flush()
@@ -78,9 +77,29 @@ class Settings(unittest.TestCase):
         self.assertLessEqual(set(faasd.ControlAPI.ROUTES), {(verb, path + (name and '*')) for verb, path, name in rows})
 
     def test_a_bad_value_is_named(self):
-        for name, value in (('FAAS_MEMORY', 'lots'), ('FAAS_ENROLL', 'maybe'), ('FAAS_WG_PORT', 'x')):
-            with self.assertRaisesRegex(faasd.StartError, name):
-                faasd.read_settings({name: value}, '/nonexistent')
+        for name, values in (
+            ('FAAS_MEMORY', ('lots', '', '-1G', '5')),
+            ('FAAS_ENROLL', ('maybe', 'open\n')),
+            ('FAAS_WG_PORT', ('x', '0', '65536', '51820\n[Peer]')),
+            ('FAAS_WG_INTERFACE', ('-x', 'wg 0', 'wg0"', 'x' * 16, '../wg0', '')),
+            ('FAAS_NFT_TABLE', ('faas }', '1', '')),
+            ('FAAS_CPUS', ('nan', 'inf', '0', '-1')),
+            ('FAAS_STOP_TIMEOUT', ('-1', '1h')),
+            ('FAAS_DNS_FORWARD', ('8.8.8.8 }', 'dns.example.com')),
+            ('FAAS_VPN_ENDPOINT', ('a b', 'http://x/', '[::1', 'x:99999')),
+            ('FAAS_ENROLL_BIND', ('[::]:x', ':::51820:')),
+            ('FAAS_ID_BASE', ('0', '2147483647')),
+        ):
+            for value in values:
+                with self.subTest(f'{name}={value}'), self.assertRaisesRegex(faasd.StartError, name):
+                    faasd.read_settings({name: value}, '/nonexistent')
+
+    def test_a_setting_that_is_none_is_named(self):
+        with tempfile.NamedTemporaryFile('w', suffix='.env') as file:
+            file.write('FAAS_MEMROY=64M\n')
+            file.flush()
+            with self.assertRaisesRegex(faasd.StartError, 'FAAS_MEMROY'):
+                faasd.read_settings({}, file.name)
 
 
 class MayTest(unittest.TestCase):
@@ -312,6 +331,25 @@ class OneServer(unittest.TestCase):
         self.addCleanup(self.server.api, 'DELETE', '/api/remove/twice')
         self.assertEqual([200, 409], sorted(reply.status for reply in replies))
         self.assertEqual(1, self.server.api('GET', '/api/list').body.count(b'"twice"'))
+
+    def test_deploys_and_removals_of_one_name_in_turn_leave_one_or_none(self):
+        before = self.remains()
+        outcomes = set()
+
+        def some(number):
+            for _ in range(6):
+                if number % 2:
+                    outcomes.add(self.server.deploy('flicker', serving.saying('x')).status)
+                else:
+                    outcomes.add(self.server.api('DELETE', '/api/remove/flicker').status)
+
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            list(threads.map(some, range(4)))
+        self.assertLessEqual(outcomes, {200, 404, 409})
+        self.server.api('DELETE', '/api/remove/flicker')
+        self.assertEqual(before, self.remains())
+        ipv6 = self.deploy('flicker', serving.saying('at last')).json['ipv6']
+        self.assertEqual('at last', self.server.get(ipv6))
 
     def test_twenty_deploys_at_once(self):
         with concurrent.futures.ThreadPoolExecutor(20) as threads:

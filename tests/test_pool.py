@@ -175,6 +175,16 @@ class Serving(inside.InHost):
         self.assertEqual([], function.events)
 
     @inside.inside
+    def test_a_revision_that_is_late_does_not_take_over_from_a_newer_one(self):
+        function = Function(self.stack)
+        late = function.pool.start(*function.revision(1))
+        function.deploy(2)
+        function.pool.switch(late)
+        self.assertEqual('revision 2', function.ask())
+        late.gone.result(10)
+        self.assertEqual(('running', None), function.pool.status())
+
+    @inside.inside
     def test_an_instance_holds_no_more_than_its_share(self):
         function = Function(self.stack)
         with mock.patch.object(pool, 'MOST_CONNECTIONS', 2):

@@ -487,15 +487,7 @@ class Tunnel(unittest.TestCase):
 
             key, handshakes = inside.call(server, begin)
             self.assertEqual({public: None, KEYS[1]: None}, handshakes)
-            if laptop.run(['ip', 'link', 'add', 'wg-faas', 'type', 'wireguard'], ok=None).returncode:
-                laptop.run(['wireguard-go', 'wg-faas'])
-            laptop.run(
-                ['wg', 'setconf', 'wg-faas', '/dev/stdin'],
-                input=f'[Interface]\nPrivateKey = {private}\n[Peer]\nPublicKey = {key}\n'
-                'Endpoint = 203.0.113.10:51820\nAllowedIPs = fd00:faa5::/32\n',
-            )
-            laptop.run(['ip', 'address', 'add', f'{row.ipv6}/64', 'dev', 'wg-faas', 'nodad'])
-            laptop.run(['ip', 'link', 'set', 'wg-faas', 'up'])
+            inside.tunnel(laptop, private, key, row.ipv6)
             laptop.run(['ping', '-c1', '-W5', registry.GATEWAY])
 
             def again():
