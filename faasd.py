@@ -1041,13 +1041,15 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.socket.close()
         self.socket, self.faasd, self.caller = sock, faasd, caller
         self.timeout_s, self.deadline_s = timeout_s, deadline_s
-        self._free = threading.BoundedSemaphore(threads)
+        self._free, self._closing = threading.BoundedSemaphore(threads), False
         sock.listen(128)
         self._thread = threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True)
         self._thread.start()
 
     def process_request(self, request, client_address):
-        self._free.acquire()
+        while not self._free.acquire(timeout=0.5):
+            if self._closing:
+                raise ConnectionAbortedError
         super().process_request(request, client_address)
 
     def process_request_thread(self, request, client_address):
@@ -1071,6 +1073,7 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             traceback.print_exc()
 
     def close(self):
+        self._closing = True
         self.shutdown()
         self.server_close()
 

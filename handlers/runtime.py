@@ -206,8 +206,12 @@ class Runtime:
                 if self._threads and self._waiting:
                     self._all_busy.clear()
                 elif self._threads < MOST_THREADS:
-                    self._threads += 1
-                    threading.Thread(target=self._work, daemon=True).start()
+                    try:
+                        threading.Thread(target=self._work, daemon=True).start()
+                        self._threads += 1
+                    except RuntimeError:  # FAAS_PIDS is reached: those that there are go on
+                        if not self._threads:
+                            raise
             self._all_busy.wait()
             if self._over.wait(HELD_UP_S):
                 return
@@ -332,13 +336,15 @@ class Processes:
             poll.register(fd, select.POLLIN)
         while not (self._stopping and not self._children and not self._queue):
             while self._queue and len(self._children) < MOST_PROCESSES:
-                number = self._queue.pop(0)
-                pid = os.fork()
+                try:
+                    pid = os.fork()
+                except BlockingIOError:  # FAAS_PIDS is reached: when one of them ends there is room
+                    break
                 if pid == 0:
                     self._leave()
                     return True
-                self._children[pid] = [number]
-            for fd, _ in poll.poll():
+                self._children[pid] = [self._queue.pop(0)]
+            for fd, _ in poll.poll(100 if self._queue else None):
                 if fd == self.channel.fileno():
                     self._receive(poll)
                 elif fd == self._control.fileno():

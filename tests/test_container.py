@@ -218,6 +218,9 @@ class Limits(inside.InHost):
             how, what = instance.eval('[subprocess.Popen(["sleep", "100"]) for _ in range(30)]')
             self.assertEqual(('OSError', 'EAGAIN'), (how, what))
             self.assertEqual(3, instance.value('1 + 2'))
+            sleep = json.dumps('__import__("time").sleep(0.2)').encode() + b'\n'
+            clients = [instance.connect(sleep) for _ in range(4)]  # more than there may be threads for
+            self.assertEqual([b'["ok", null]'] * 4, [inside.read_all(client) for client in clients])
 
     @inside.inside
     def test_cores_are_bounded(self):

@@ -1,6 +1,7 @@
 """faasd as a whole, on hosts of its own: what it serves, whom it lets do what, what it survives."""
 import base64
 import concurrent.futures
+import contextlib
 import hashlib
 import hmac
 import json
@@ -8,6 +9,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import tempfile
 import time
 import unittest
@@ -267,8 +269,6 @@ class OneServer(unittest.TestCase):
 
     def raw(self, request, *, shut=False):
         """The status line and JSON that the API answers to these bytes."""
-        import socket
-
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(10)
             sock.connect(str(self.host.path('/run/faasd/faasd.sock')))
@@ -736,6 +736,16 @@ class LivesOfAServer(unittest.TestCase):
                 self.assertEqual(503, reply.status)
                 self.assertIn('FAAS_ENROLL_BIND', reply.json['hint'])
             taken.kill()
+
+    def test_stop_does_not_wait_for_those_who_hold_the_api(self):
+        with serving.standalone(self.host) as server, contextlib.ExitStack() as held:
+            for _ in range(20):  # more than it has threads
+                sock = held.enter_context(socket.socket(socket.AF_UNIX))
+                sock.connect(str(self.host.path('/run/faasd/faasd.sock')))
+                sock.sendall(b'GET /api/')
+            started = time.monotonic()
+            server.stop()
+            self.assertLess(time.monotonic() - started, 5)
 
     def test_stop_lets_a_running_request_finish(self):
         server = serving.Server(self.host, '--standalone').start()

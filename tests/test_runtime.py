@@ -342,6 +342,17 @@ class Ending(InContainer):
         return sum(link.startswith('socket:') for link in links) > 1
 
     @inside.inside
+    def test_a_control_handler_has_its_turn_when_there_is_room_for_its_process(self):
+        with inside.containers(inside.LIMITS._replace(pids=6)) as them, inside.Instance(them, CONTROL) as instance:
+            instance.wait_up()
+            clients = [instance.connect() for _ in range(12)]  # they say nothing yet, so their processes wait
+            for client in clients:
+                client.sendall(GET % b'a')
+            for client in clients:
+                self.assertIn(b'__main__', inside.read_all(client))
+                client.close()
+
+    @inside.inside
     def test_a_control_handlers_instance_stops_after_its_processes(self):
         instance = self.start(CONTROL).wait_up()
         with instance.connect() as client:
