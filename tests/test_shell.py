@@ -89,7 +89,8 @@ class RunWithFds(InFolder):
     def test_a_number_may_be_the_one_it_has_here(self):
         reader, writer = os.pipe()
         try:
-            self.assertEqual(0, shell.run_with_fds(['sh', '-c', f'echo here >/proc/self/fd/{writer}'], {writer: writer}))
+            echo = ['sh', '-c', f'echo here >/proc/self/fd/{writer}']
+            self.assertEqual(0, shell.run_with_fds(echo, {writer: writer}))
             self.assertEqual(b'here\n', os.read(reader, 100))
         finally:
             os.close(reader)
