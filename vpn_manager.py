@@ -35,7 +35,8 @@ PublicKey = {public_key}
 
 # Who may talk to what. The mark rules belong to the hand-off: a function holds sockets of the host's network, and
 # AF_UNSPEC plus connect() or bind() plus listen() would otherwise make them a way into it. They look at SYNs only, so
-# running answers survive a reload of the table.
+# running answers survive a reload of the table. Protocols are numbers (ICMPv6, TCP, UDP): a small server may lack
+# /etc/protocols.
 RULES = """\
 table inet {table}
 delete table inet {table}
@@ -46,9 +47,9 @@ table inet {table} {{
     socket mark {mark:#x} tcp flags & (syn | ack) == syn counter drop
     iifname != "{interface}" return
     ct state established,related accept
-    meta l4proto ipv6-icmp accept
+    meta l4proto 58 accept
     ip6 daddr fd00:faa5:1::/48 tcp dport 80 accept
-    ip6 daddr {gateway} meta l4proto {{ tcp, udp }} th dport 53 accept
+    ip6 daddr {gateway} meta l4proto {{ 6, 17 }} th dport 53 accept
     ip6 daddr {gateway} tcp dport 8080 accept
     counter drop
   }}
@@ -359,8 +360,9 @@ class VPNManager:
         try:
             shell.run(['nft', '-f', '-'], input=rules)
         except shell.CommandError as error:
+            why = re.search(r'Error: (.*)', error.stderr)  # below it nft points to the place
             raise VPNError(
-                f'the nftables table inet {self.table} cannot be loaded: {error.reason}',
+                f'the nftables table inet {self.table} cannot be loaded: {why[1] if why else error.reason}',
                 'a passed socket opens the host without it; install nftables (make deps), and a kernel with nft_socket',
             ) from error
         self._loaded = self._listing()

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 import unittest
+from unittest import mock
 
 import registry
 import shell
@@ -459,6 +460,20 @@ class Live(inside.InHost):
     @staticmethod
     def nft(*arguments):
         return shell.run(['nft', *arguments]).stdout
+
+    @inside.inside
+    def test_the_table_needs_no_names_of_protocols_and_what_nft_says_is_told(self):
+        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x')
+        for name in ('protocols', 'services'):
+            if os.path.exists(f'/etc/{name}'):
+                os.rename(f'/etc/{name}', f'/etc/{name}.away')
+                self.stack.callback(os.rename, f'/etc/{name}.away', f'/etc/{name}')
+        manager.load_rules()
+        self.assertTrue(manager.rules_loaded())
+        manager.remove_rules()
+        with mock.patch.object(vpn_manager, 'RULES', 'table inet x {{ chain y {{ meta l4proto nonsense accept; }} }}'):
+            with self.assertRaisesRegex(vpn_manager.VPNError, 'cannot be loaded: .*protocol name'):
+                manager.load_rules()
 
     @inside.inside
     def test_without_nft_there_is_an_error_with_a_hint(self):
