@@ -1225,7 +1225,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
             answer |= {
                 'error': f'the function does not start: {answer["error"]}',
                 'log': error.log,
-                'hint': 'what served before still does; correct the code and deploy again',
+                'hint': 'nothing has changed on the server; correct the function and deploy it again',
             }
         with contextlib.suppress(OSError):
             self._answer(json.dumps(answer).encode(), status)

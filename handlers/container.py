@@ -229,6 +229,7 @@ class Containers:
                     errors,
                     'run',
                     '--detach',
+                    '--no-new-keyring',  # a host that is itself a container may refuse one; keyctl is refused
                     '--bundle',
                     bundle,
                     '--preserve-fds',

@@ -82,7 +82,7 @@ class Instance:
             self._around.loop.call(self._launched, container, ours)
         else:
             self._pipe.wait()
-            self._around.loop.call(self._ended, f'does not start: {reason}')
+            self._around.loop.call(self._ended, reason)
 
     def _launched(self, container, channel):
         self._container, self._channel = container, channel
