@@ -28,7 +28,8 @@ python:
 demo: python deps
 	@$(AS_ROOT) $(PYTHON) -m tests.demo
 
-test: python deps
+test: python
+	@./deps.sh test
 	@$(AS_ROOT) $(PYTHON) -m tests $(TESTS)
 
 lint: $(filter .venv-lint/%,$(RUFF))

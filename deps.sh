@@ -1,7 +1,9 @@
 #!/bin/sh
 # Installs what faasd needs and this machine lacks: packages of Debian or Ubuntu, and CoreDNS in /usr/local/bin.
-# Says what before it does; silent and quick when nothing is missing. As root, or as a user with sudo.
+# Says what before it does; silent and quick when nothing is missing. As root, or as a user with sudo. `deps.sh test`:
+# what the tests look on with, as well.
 set -eu
+purpose=${1-}
 
 COREDNS_MODULE=v1.15.0                              # built where there is a Go
 # Else fetched ready-made. The digests are those that packagers of this release pin (Arch Linux's coredns-bin; for
@@ -62,6 +64,9 @@ missing_packages() {
     have ping || echo iputils-ping
     have curl || echo curl
     [ -x /usr/bin/python3 ] || echo python3         # functions run with it, whichever python3 runs faasd
+    [ "$purpose" = test ] || return 0
+    have dig || echo bind9-dnsutils
+    have ps || echo procps
 }
 
 coredns_suffices() {

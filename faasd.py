@@ -823,8 +823,9 @@ class Faasd:
     def vpn_invite(self, name, lifetime_s, admin):
         host, _ = self._endpoint_parts()
         _, port = vpn_manager.split_endpoint(self.settings['enroll_bind'], WIREGUARD_PORT)
-        self._open_enroll()  # before there is an invite that nobody could redeem
-        invite = self.registry.add_invite(name, 'admin' if admin else 'peer', lifetime_s)
+        with self._enroll_lock:  # held, or the guard would close what has no invite yet
+            self._open_enroll()
+            invite = self.registry.add_invite(name, 'admin' if admin else 'peer', lifetime_s)
         self.emit('vpn', f'Invited {name or "a peer"} ({invite.id}){" as admin" if admin else ""}')
         return {
             'token': invite.token(
@@ -852,7 +853,7 @@ class Faasd:
         self._stack.callback(shell.remove_file, path)
         self._serve(sock, lambda address: Caller('local'), threads=16, timeout_s=60)
         self._serve(bound(registry.GATEWAY, CONTROL_PORT), self._peer_at, threads=16, timeout_s=30)
-        self._enroll, self._enroll_socket, self._enroll_lock = None, None, threading.Lock()
+        self._enroll, self._enroll_socket, self._enroll_lock = None, None, threading.RLock()
         self._stack.callback(self._close_enroll, for_good=True)
         with contextlib.suppress(OSError):  # the first invite will say it
             self._bind_enroll()
@@ -908,15 +909,16 @@ class Faasd:
 
     def _adjust_enroll(self):
         """Listen there while an invite is outstanding, and no longer."""
-        if self.settings['enroll'] == 'open' or self.registry.invites_open_for_s():
-            try:
-                self._open_enroll()
-            except RequestError as error:
-                self._ails('enroll', str(error))
+        problem = None
+        with self._enroll_lock:
+            if self.settings['enroll'] == 'open' or self.registry.invites_open_for_s():
+                try:
+                    self._open_enroll()
+                except RequestError as error:
+                    problem = str(error)
             else:
-                self._ails('enroll', None)
-        elif self._enroll is not None:
-            self._close_enroll()
+                self._close_enroll()
+        self._ails('enroll', problem)
 
     # Keeping it so
 

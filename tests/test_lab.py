@@ -92,12 +92,12 @@ class Hosts(unittest.TestCase):
             server.run(['nft', '-f', '-'], input='table inet faas { chain input {\n'
                        'type filter hook input priority filter\nsocket mark 0xfaa5 counter drop\n}\n}\n')
             make_bundle(server, name, ['/usr/bin/sh', '-c', 'echo within; exec sleep 1000'])
-            within = server.popen(['runc', 'run', '--bundle', '/tmp/bundle', name],
+            within = server.popen(['runc', 'run', '--no-new-keyring', '--bundle', '/tmp/bundle', name],
                                   stdout=subprocess.PIPE, text=True)
             self.assertEqual('within\n', within.stdout.readline())
             self.assertTrue(cgroups(name))
             make_bundle(laptop, f'{name}-2', ['/no/such/program'])
-            laptop.run(['runc', 'run', '--bundle', '/tmp/bundle', f'{name}-2'], ok=(1,))
+            laptop.run(['runc', 'run', '--no-new-keyring', '--bundle', '/tmp/bundle', f'{name}-2'], ok=(1,))
             within.stdout.close()
         self.assertEqual(before, machine())
         self.assertEqual([], cgroups(f'{name}*'))
