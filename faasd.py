@@ -1338,15 +1338,26 @@ def prepare_process():
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def termination():
+    """A descriptor that can be read from when SIGTERM or SIGINT comes.
+
+    An Event that a handler sets would not do: a signal just before the wait for it begins does not interrupt that wait.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    os.set_blocking(reader, True)
+    signal.set_wakeup_fd(writer)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return reader
+
+
 def main():
     parser = argparse.ArgumentParser(prog='faasd.py', description='private functions on a server of your own')
     parser.add_argument(
         '--standalone', action='store_true', help='make keys, bring up wg0 and CoreDNS, take them down on exit'
     )
     arguments = parser.parse_args()
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    ending = termination()
     try:
         if os.geteuid() != 0:
             raise StartError('faasd needs root', 'sudo python3 faasd.py')
@@ -1370,7 +1381,7 @@ def main():
         print(f'faasd: {error}{f" ({hint})" if hint else ""}', file=sys.stderr)
         return 1
     notify('READY=1')
-    stop.wait()
+    os.read(ending, 1)
     notify('STOPPING=1')
     faasd.stop()
     return 0
