@@ -11,7 +11,6 @@ import contextlib
 import datetime
 import fcntl
 import grp
-import heapq
 import hmac
 import http.server
 import ipaddress
@@ -19,6 +18,7 @@ import itertools
 import json
 import os
 import pathlib
+import queue
 import re
 import resource
 import secrets
@@ -42,6 +42,7 @@ import registry
 import shell
 import vpn_manager
 from handlers import container, image, pool
+from handlers.loop import Loop
 
 STATE = '/var/lib/faasd'
 RUN = '/run/faasd'
@@ -51,7 +52,7 @@ ENV_FILE = '/etc/faasd/faasd.env'
 
 PR_SET_CHILD_SUBREAPER = 36
 MOST_JSON = 64 << 10  # bytes of a JSON request body
-TICK_S = 1
+TICK_S, CLOSELY_TICKS = 1, 5  # how often the guard looks, and looks closely
 
 
 # Settings
@@ -152,15 +153,31 @@ class Event(NamedTuple):
 class Events:
     """What happens, told once: a line on stdout for each event; the last problems are kept for /api/health."""
 
+    MOST_LINES = 10_000  # waiting to be printed; a terminal that was stopped must not stop the accept loop
+
     def __init__(self):
         self._problems = collections.deque(maxlen=20)
+        self._lines = queue.Queue(self.MOST_LINES)
+        self._printer = threading.Thread(target=self._print, name='events', daemon=True)
+        self._printer.start()
 
     def emit(self, area, text, name=None, problem=False):
         event = Event(time.time(), area, text, name, problem)
         if problem:
             self._problems.append(event)
-        with contextlib.suppress(OSError):  # nobody reads it any more, or the disk is full
-            print(f'[{area}] {text}', flush=True)
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(f'[{area}] {text}')
+
+    def _print(self):
+        while (line := self._lines.get()) is not None:
+            with contextlib.suppress(OSError):  # nobody reads it any more, or the disk is full
+                print(line, flush=True)
+
+    def close(self):
+        """Return when all is printed; after two seconds at most."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(None)
+            self._printer.join(timeout=2)
 
     def problems(self):
         return [
@@ -177,70 +194,6 @@ def date(seconds):
 
 
 # The request path
-
-
-class Loop:
-    """One epoll loop in a thread of its own.
-
-    Descriptors, timers, and calls from other threads. Nothing in it may block.
-    """
-
-    def __init__(self):
-        self._epoll, self._watched = select.epoll(), {}
-        self._calls, self._timers, self._order = collections.deque(), [], itertools.count()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._running = True
-        self.watch(self._wake, lambda: os.eventfd_read(self._wake))
-        self._thread = threading.Thread(target=self._run, name='loop', daemon=True)
-        self._thread.start()
-
-    def call(self, function, *args):
-        """Run it in the loop's thread soon. From any thread."""
-        self._calls.append((function, args))
-        os.eventfd_write(self._wake, 1)
-
-    def wait(self, function, *args):
-        """Run it in the loop's thread, and return when that is done. From any other thread."""
-        done = threading.Event()
-        self.call(function, *args)
-        self.call(done.set)
-        done.wait()
-
-    def later(self, delay_s, function, *args):
-        heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._order), function, args))
-
-    def watch(self, fd, readable):
-        self._watched[fd] = readable
-        self._epoll.register(fd, select.EPOLLIN)
-
-    def unwatch(self, fd):
-        """Also of one that is not watched."""
-        if self._watched.pop(fd, None):
-            self._epoll.unregister(fd)
-
-    def stop(self):
-        self.call(setattr, self, '_running', False)
-        self._thread.join()
-
-    def _run(self):
-        while self._running:
-            wait_s = max(0, self._timers[0][0] - time.monotonic()) if self._timers else -1
-            for fd, _ in self._epoll.poll(wait_s):
-                if fd in self._watched:  # an earlier one of this round may have unwatched it
-                    self._safely(self._watched[fd])
-            while self._timers and self._timers[0][0] <= time.monotonic():
-                _, _, function, args = heapq.heappop(self._timers)
-                self._safely(function, *args)
-            while self._calls:
-                function, args = self._calls.popleft()
-                self._safely(function, *args)
-
-    @staticmethod
-    def _safely(function, *args):
-        try:
-            function(*args)
-        except Exception:  # a fault in one function's affairs is not the others'
-            traceback.print_exc()
 
 
 class FaaSServer:
@@ -264,7 +217,12 @@ class FaaSServer:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, vpn_manager.MARK)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it, and the mark
+            # What is accepted inherits these, and the mark. A client that vanished is noticed after two minutes.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
             sock.bind((ipv6, 80, 0, 0))
             sock.listen(4096)
         except BaseException:
@@ -302,7 +260,7 @@ class FaaSServer:
     def _gate(self, listener, is_open):
         listener.open = is_open
         if is_open and self._permitted:
-            if not listener.watched:
+            if not listener.watched and listener.sock.fileno() >= 0:
                 listener.watched = True
                 self._loop.watch(listener.sock.fileno(), lambda: self._accept(listener))
         elif listener.watched:
@@ -401,6 +359,7 @@ class Faasd:
         self._stack = contextlib.ExitStack()
         self._stopping = threading.Event()
         self._functions = {}  # id → (Function, Pool)
+        self._changes, self._changed = 0, threading.Condition()  # how many are under way
         self._children = {}  # what standalone supervises: name → process
         self._ailing = {}  # what is wrong now: area → text
 
@@ -420,13 +379,12 @@ class Faasd:
         Handing over to a next faasd comes later.
         """
         self.emit('faasd', 'Stopping')
-        self._stopping.set()
         self._stack.close()
         self.emit('faasd', 'Stopped')
 
     def _start(self):
         undo, settings = self._stack.callback, self.settings
-        for folder, mode in ((STATE, 0o700), (RUN, 0o755)):
+        for folder, mode in ((STATE, 0o711), (RUN, 0o755)):  # CoreDNS reads the zone below the first as another user
             os.makedirs(folder, mode=mode, exist_ok=True)
         self._claim_state()
         self.registry = registry.Registry(f'{STATE}/registry.db')
@@ -450,15 +408,17 @@ class Faasd:
         if self.standalone:
             self._bring_up()
         self.vpn.check_interface()
-        undo(self._suppress, self.vpn.project_addresses, [])
+        undo(self._attempt, self.vpn.project_addresses, [])
+        self._adopt_peers()
+        self._refuse_strangers()
         self.peers.sync()
 
         limits = container.Limits(settings['memory'], settings['pids'], settings['cpus'])
         containers = container.Containers(f'faas-{self.registry.instance}', limits, RUN, settings['id_base'])
+        undo(containers.close)
         containers.prepare()
         self.vpn.load_rules()  # before the first listener, until after the last instance
-        undo(self._suppress, self.vpn.remove_rules)
-        undo(containers.close)
+        undo(self._attempt, self.vpn.remove_rules)
         self._remove_stray_files()
 
         self.loop = Loop()
@@ -469,6 +429,8 @@ class Faasd:
         self._around = pool.Surroundings(
             self.loop, containers, container.LogCopier(), workers, self.emit, settings['start_timeout']
         )
+        undo(self._close_functions)  # once more, what a change under way has opened meanwhile
+        undo(self._wait_for_changes)
         undo(self._close_functions)
         self.addresses.sync()
         for function in self.registry.functions():
@@ -508,12 +470,30 @@ class Faasd:
     def _endpoint_parts(self):
         return vpn_manager.split_endpoint(self.vpn.endpoint, self.settings['wg_port'])
 
-    def _suppress(self, function, *args):
-        """Call it on the way down: what cannot be taken away, because it is gone already, is told and left."""
+    def _attempt(self, function, *args):
+        """Call it; what fails is told and left, since the next projection or start sees to it."""
         try:
             function(*args)
-        except (shell.CommandError, OSError) as error:
-            self.emit('faasd', f'On the way down: {error}')
+        except (shell.CommandError, OSError, sqlite3.Error) as error:
+            self.emit('faasd', f'Left for later: {error}')
+
+    @contextlib.contextmanager
+    def _change(self):
+        """Around what faasd's end has to wait for. Raises RequestError when that has begun."""
+        with self._changed:
+            if self._stopping.is_set():
+                raise RequestError(503, 'faasd is ending', 'try again when it runs again')
+            self._changes += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._changes -= 1
+                self._changed.notify_all()
+
+    def _wait_for_changes(self):
+        with self._changed:
+            self._changed.wait_for(lambda: not self._changes, timeout=60)
 
     # What standalone supervises
 
@@ -528,7 +508,8 @@ class Faasd:
         for name, (pid, started) in record['children'].items():
             if shell.end(pid, started):
                 self.emit('faasd', f'Ended {name}, left by a run that was killed')
-        if record['interface'] == self.vpn.interface:
+        interface, index = record['interface']
+        if interface == self.vpn.interface and index in (0, self.vpn.index()):  # 0: it was being made
             self.vpn.take_down()
         shell.remove_file(path)
 
@@ -537,7 +518,7 @@ class Faasd:
             f'{RUN}/children.json',
             json.dumps(
                 {
-                    'interface': self.vpn.interface,
+                    'interface': [self.vpn.interface, self.vpn.index()],
                     'children': {
                         name: [process.pid, shell.start_time(process.pid)] for name, process in self._children.items()
                     },
@@ -546,7 +527,7 @@ class Faasd:
         )
 
     def _bring_up(self):
-        if self.vpn.present():
+        if self.vpn.index():
             raise StartError(
                 f'there is an interface {self.vpn.interface} already',
                 'run faasd.py without --standalone if it is for faasd, or set FAAS_WG_INTERFACE to another name',
@@ -568,17 +549,18 @@ class Faasd:
         )
 
     def _take_down(self):
-        self._suppress(self.vpn.take_down, self._children.pop('wireguard-go', None))
+        self._attempt(self.vpn.take_down, self._children.pop('wireguard-go', None))
 
     def _start_coredns(self):
         forwarders = self.settings['dns_forward'] or dns_manager.default_forwarders(server=registry.GATEWAY)
         self.dns.write_corefile(forwarders)
         self._stack.callback(self._stop_coredns)
         self._run_coredns()
-        self.emit(
-            'dns',
-            f'CoreDNS answers for faas at {registry.GATEWAY}; other names go to {" ".join(forwarders) or "nobody"}',
-        )
+        if self.dns.wait_served('ns', registry.GATEWAY, timeout_s=5):
+            others = ' '.join(forwarders) or 'nobody'
+            self.emit('dns', f'CoreDNS answers for faas at {registry.GATEWAY}; other names go to {others}')
+        else:
+            self.emit('dns', f'CoreDNS does not answer at {registry.GATEWAY}', problem=True)
 
     def _run_coredns(self):
         process = shell.start(['coredns', '-quiet', '-conf', self.dns.corefile], output=True)
@@ -587,18 +569,21 @@ class Faasd:
         threading.Thread(target=self._read_coredns, args=(process.stdout,), daemon=True).start()
 
     def _read_coredns(self, output):
-        """Tell CoreDNS's troubles; its line for each query is not kept."""
+        """Tell CoreDNS's troubles, of failing queries one a minute; its line for each query is not kept."""
+        told = 0
         with output:
-            while chunk := output.read1(1 << 16):
-                for line in chunk.splitlines() if b'[ERROR]' in chunk or b'[FATAL]' in chunk else ():
-                    if b'[INFO]' not in line:
-                        self.emit('dns', f'CoreDNS: {line.decode(errors="replace")}', problem=True)
+            for line in output:
+                of_a_query = b'plugin/errors' in line
+                if b'[INFO]' in line or b'maxprocs:' in line or (of_a_query and time.monotonic() < told + 60):
+                    continue
+                if of_a_query:
+                    told = time.monotonic()
+                self.emit('dns', f'CoreDNS: {line.decode(errors="replace").strip()}', problem=not of_a_query)
 
     def _stop_coredns(self):
         process = self._children.pop('coredns', None)
         if process:
-            process.terminate()
-            process.wait(timeout=10)
+            shell.finish(process)
 
     # Functions
 
@@ -633,8 +618,12 @@ class Faasd:
     def _shut(self, function, within_s):
         """Undo _open; what runs may finish within within_s seconds."""
         self.server.remove_listener(function.ipv6)
-        _, its_pool = self._functions.pop(function.id)
-        return its_pool.close(within_s)
+        _, its_pool = self._functions.pop(function.id, (None, None))
+        if its_pool:
+            return its_pool.close(within_s)
+        done = concurrent.futures.Future()  # somebody else did it
+        done.set_result(None)
+        return done
 
     def _close_functions(self):
         ends = [self._shut(function, self.settings['stop_timeout']) for function, _ in list(self._functions.values())]
@@ -652,11 +641,11 @@ class Faasd:
                 f'{length} bytes are more than FAAS_MAX_UPLOAD, {self.settings["max_upload"]}',
                 'leave out what the function does not need, or raise the setting',
             )
-        with contextlib.ExitStack() as undo:
+        with self._change(), contextlib.ExitStack() as undo:
             staging = undo.enter_context(image.Staging(f'{STATE}/functions'))
             staging.receive(read, length)
             steps = undo.enter_context(contextlib.ExitStack())
-            steps.callback(self._suppress, self.addresses.sync)
+            steps.callback(self._attempt, self.addresses.sync)
             function, revision = self.registry.begin_revision(name)
             steps.callback(self.registry.abandon_revision, function, revision)
             folder = self._folder(function, revision)
@@ -688,17 +677,18 @@ class Faasd:
         """Project the zone and wait until CoreDNS answers the name; a warning if that is not so."""
         try:
             self.zone.sync()
-        except OSError as error:
+        except (OSError, sqlite3.Error) as error:
             self.emit('dns', f'The zone cannot be written: {error}', problem=True)
             return 'deployed, not yet in DNS'
         return None if self.dns.wait_served(function.name, function.ipv6) else 'deployed, not yet in DNS'
 
     def remove(self, name):
-        function = self.registry.remove_function(name)
-        for projection in (self.zone, self.addresses):
-            self._suppress(projection.sync)
-        self._shut(function, self.settings['stop_timeout']).result()
-        shutil.rmtree(self._folder(function), ignore_errors=True)
+        with self._change():
+            function = self.registry.remove_function(name)
+            for projection in (self.zone, self.addresses):
+                self._attempt(projection.sync)
+            self._shut(function, self.settings['stop_timeout']).result()
+            shutil.rmtree(self._folder(function), ignore_errors=True)
         self.emit('listener', f'Removed {name} from {function.ipv6}', name=name)
 
     def ip(self, name):
@@ -708,7 +698,9 @@ class Faasd:
         answer = []
         for function in self.registry.functions():
             _, its_pool = self._functions.get(function.id, (None, None))
-            status, reason = its_pool.status() if its_pool else ('deploying', None)
+            if its_pool is None:  # it is being removed
+                continue
+            status, reason = its_pool.status()
             answer.append(
                 {
                     'name': function.name,
@@ -725,8 +717,9 @@ class Faasd:
     def logs(self, name, lines):
         return container.Log(f'{self._folder(self.registry.function(name))}/log').last(lines)
 
-    def health(self):
-        problems = [{'area': area, 'what': text} for area, text in self._ailing.items()]
+    def health(self, with_recent):
+        """What is wrong now; `with_recent`: what was, too, in words that are not for everybody."""
+        problems = [{'area': area, 'what': text} for area, text in list(self._ailing.items())]
         listed = self.list()
         problems += [
             {'area': 'function', 'what': f'{item["name"]}: {item["reason"]}'}
@@ -741,14 +734,22 @@ class Faasd:
             'status': 'degraded' if problems else 'ok',
             'problems': problems,
             'functions': {'live': len(listed), 'crashing': sum(item['status'] == 'crashing' for item in listed)},
-            'recent': self.events.problems(),
+            **({'recent': self.events.problems()} if with_recent else {}),
         }
 
     # Peers
 
     def _project_peers(self):
-        """Adopt what a person put into peers/, then make peers/ and wg0 follow the registry."""
+        """Make peers/ and wg0 follow the registry, after what a person put into peers/ was adopted."""
+        self._adopt_peers()
         removed = [name for name, _ in self.registry.removed_peers()]
+        self.vpn.project(self.registry.peers(), removed)
+        for name in removed:
+            self.registry.end_peer_removal(name)
+            self.emit('vpn', f'Removed peer: {name}', name=name)
+
+    def _adopt_peers(self):
+        removed = {name for name, _ in self.registry.removed_peers()}
         known = {peer.name for peer in self.registry.peers()}
         for name, text in self.vpn.peer_files().items():
             if name not in known and name not in removed:
@@ -758,10 +759,16 @@ class Faasd:
                     self.emit('vpn', f'Adopted peer: {name} → {ipv6}', name=name)
                 except (vpn_manager.VPNError, registry.RegistryError) as error:
                     self.vpn.complain(name, str(error))
-        self.vpn.project(self.registry.peers(), removed)
-        for name in removed:
-            self.registry.end_peer_removal(name)
-            self.emit('vpn', f'Removed peer: {name}', name=name)
+
+    def _refuse_strangers(self):
+        """Raise StartError if the first projection would cut off a peer that somebody else gave to wg0."""
+        removed = {key for _, key in self.registry.removed_peers()}
+        strangers = self.vpn.strangers(self.registry.peers()) - removed
+        if strangers:
+            raise StartError(
+                f'{self.vpn.interface} has a peer that faasd does not know: {sorted(strangers)[0]}',
+                f'give it a file in {self.vpn.peers_dir}, or remove it: wg set {self.vpn.interface} peer KEY remove',
+            )
 
     def _welcome(self, peer):
         """The new peer's answer. Should wg0 be away, the peer is kept all the same and follows when it returns."""
@@ -803,19 +810,19 @@ class Faasd:
     def vpn_remove(self, name, before_it_counts=lambda: None):
         """Lock a peer out. `before_it_counts` runs when the removal is certain and the tunnel still works."""
         self.registry.begin_peer_removal(name)
-        before_it_counts()
-        self.peers.sync()
+        try:
+            before_it_counts()
+        finally:
+            self.peers.sync()
 
     def vpn_list(self):
-        handshakes = self.vpn.handshakes()
+        active = self.vpn.active()
         return [
             {
                 'name': peer.name,
                 'ipv6': peer.ipv6,
                 'created': date(peer.created),
-                'status': 'active'
-                if (handshakes.get(peer.public_key) or vpn_manager.HANDSHAKE_FRESH_S) < vpn_manager.HANDSHAKE_FRESH_S
-                else 'inactive',
+                'status': 'active' if peer.public_key in active else 'inactive',
             }
             for peer in self.registry.peers()
         ]
@@ -842,17 +849,14 @@ class Faasd:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        before = os.umask(0o777)  # nobody gets in before the mode is what it must be
-        try:
-            sock.bind(path)
-        finally:
-            os.umask(before)
+        os.fchmod(sock.fileno(), 0)  # bind() gives the file this mode: nobody gets in before it is what it must be
+        sock.bind(path)
         with contextlib.suppress(KeyError):
             os.chown(path, 0, grp.getgrnam('faas').gr_gid)
         os.chmod(path, 0o660)
         self._stack.callback(shell.remove_file, path)
         self._serve(sock, lambda address: Caller('local'), threads=16, timeout_s=60)
-        self._serve(bound(registry.GATEWAY, CONTROL_PORT), self._peer_at, threads=16, timeout_s=30)
+        self._serve(bound(registry.GATEWAY, CONTROL_PORT), self._peer_at, threads=32, timeout_s=30, deadline_s=60)
         self._enroll, self._enroll_socket, self._enroll_lock = None, None, threading.RLock()
         self._stack.callback(self._close_enroll, for_good=True)
         with contextlib.suppress(OSError):  # the first invite will say it
@@ -863,10 +867,10 @@ class Faasd:
                 f'FAAS_ENROLL=open: whoever reaches {self.settings["enroll_bind"]} becomes a peer without an invite',
                 problem=True,
             )
-        self._adjust_enroll()
+        self._guard_step('enroll', self._adjust_enroll)
 
-    def _serve(self, sock, caller, threads, timeout_s):
-        server = ControlServer(sock, self, caller, threads, timeout_s)
+    def _serve(self, *args, **options):
+        server = ControlServer(*args, faasd=self, **options)
         self._stack.callback(server.close)
         return server
 
@@ -893,7 +897,7 @@ class Faasd:
                         'end what listens there, or set FAAS_ENROLL_BIND to another address',
                     ) from error
                 self._enroll = ControlServer(
-                    sock, self, lambda address: Caller('newcomer'), threads=4, timeout_s=5, deadline_s=10
+                    sock, lambda address: Caller('newcomer'), threads=16, timeout_s=5, deadline_s=10, faasd=self
                 )
                 self.emit('vpn', f'Invites can be redeemed at tcp {self.settings["enroll_bind"]}')
 
@@ -909,16 +913,11 @@ class Faasd:
 
     def _adjust_enroll(self):
         """Listen there while an invite is outstanding, and no longer."""
-        problem = None
         with self._enroll_lock:
             if self.settings['enroll'] == 'open' or self.registry.invites_open_for_s():
-                try:
-                    self._open_enroll()
-                except RequestError as error:
-                    problem = str(error)
+                self._open_enroll()
             else:
                 self._close_enroll()
-        self._ails('enroll', problem)
 
     # Keeping it so
 
@@ -946,21 +945,25 @@ class Faasd:
                     with contextlib.suppress(OSError):
                         while each.recv(65536, socket.MSG_DONTWAIT):
                             pass
-                try:
-                    if rules in changed or ticks % 5 == 0:
-                        self._look_after_rules()
-                    self._look_after_interface(links in changed or ticks % 5 == 0)
-                    self._look_after_children()
-                    self._adjust_enroll()
-                    for projection in (self.peers, self.zone, self.addresses):
-                        if projection.stale:
-                            projection.sync()
-                except (shell.CommandError, OSError, vpn_manager.VPNError, sqlite3.Error) as error:
-                    self._ails('guard', str(error))
-                except Exception:
-                    traceback.print_exc()
-                else:
-                    self._ails('guard', None)
+                closely = ticks % CLOSELY_TICKS == 0
+                if rules in changed or closely:
+                    self._guard_step('rules', self._look_after_rules)
+                self._guard_step(self.vpn.interface, self._look_after_interface, links in changed or closely)
+                self._guard_step('dns', self._look_after_children)
+                self._guard_step('enroll', self._adjust_enroll)
+                for name in ('peers', 'zone', 'addresses'):
+                    if getattr(self, name).stale:
+                        self._guard_step(name, getattr(self, name).sync)
+
+    def _guard_step(self, area, function, *args):
+        """Call it, and tell how the area is after that; when it returns False, that is not known."""
+        try:
+            if function(*args) is not False:
+                self._ails(area, None)
+        except (shell.CommandError, OSError, vpn_manager.VPNError, sqlite3.Error, RequestError) as error:
+            self._ails(area, str(error))
+        except Exception:
+            traceback.print_exc()
 
     def _look_after_rules(self):
         if self.vpn.rules_loaded():
@@ -971,32 +974,38 @@ class Faasd:
         )
         self.vpn.load_rules()
         self.server.permit(True)
-        self._ails('rules', None)
 
     def _look_after_interface(self, closely):
         interface = self.vpn.interface
-        if not self.vpn.present():
+        if not self.vpn.index():
             self._ails(interface, f'{interface} is gone: no function can be reached until it is back')
-            if self.standalone:
-                process = self._children.pop('wireguard-go', None)
-                if process:
-                    process.kill()
-                    process.wait()
-                self._make_interface()
-        if closely and self.vpn.present():
+            if not self.standalone:
+                return False
+            process = self._children.pop('wireguard-go', None)
+            if process:
+                shell.finish(process)
+            self._make_interface()
+        elif not closely:
+            return False
+        try:
             self.vpn.check_interface()
-            self.addresses.sync()
-            if interface in self._ailing:
-                self.peers.sync()
-                self._ails(interface, None)
+        except vpn_manager.VPNError as error:
+            self._ails(interface, str(error))
+            if not self.standalone:
+                return False
+            self.vpn.set_up()
+            self.vpn.check_interface()
+        self.addresses.sync()
+        if interface in self._ailing:
+            self.peers.sync()
 
     def _look_after_children(self):
         process = self._children.get('coredns')
         if process and process.poll() is not None:
             self._ails('dns', f'CoreDNS ended with exit code {process.returncode}')
             self._run_coredns()
-        elif process:
-            self._ails('dns', None)
+            return False
+        return True
 
 
 RTNLGRP_LINK, RTNLGRP_IPV6_IFADDR = 1, 9  # linux/rtnetlink.h
@@ -1032,13 +1041,13 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """Serves the API on a bound socket (consumed), at most `threads` connections at a time; more wait in the backlog.
 
     `caller(address)` says who asks. A connection that sends nothing for timeout_s is closed, any one after deadline_s,
-    if given.
+    if given, unless it uploads.
     """
 
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, sock, faasd, caller, threads, timeout_s, deadline_s=None):
+    def __init__(self, sock, caller, *, faasd, threads, timeout_s, deadline_s=None):
         super().__init__(None, ControlAPI, bind_and_activate=False)
         self.socket.close()
         self.socket, self.faasd, self.caller = sock, faasd, caller
@@ -1052,26 +1061,20 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         while not self._free.acquire(timeout=0.5):
             if self._closing:
                 raise ConnectionAbortedError
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread could be started
+            self._free.release()
+            raise
 
     def process_request_thread(self, request, client_address):
-        deadline = self.deadline_s and threading.Timer(self.deadline_s, self._cut, (request,))
-        if deadline:
-            deadline.start()
         try:
             super().process_request_thread(request, client_address)
         finally:
-            if deadline:
-                deadline.cancel()
             self._free.release()
 
-    @staticmethod
-    def _cut(request):
-        with contextlib.suppress(OSError):
-            request.shutdown(socket.SHUT_RDWR)
-
     def handle_error(self, request, client_address):
-        if not isinstance(sys.exception() if hasattr(sys, 'exception') else sys.exc_info()[1], OSError):
+        if not isinstance(sys.exc_info()[1], OSError):
             traceback.print_exc()
 
     def close(self):
@@ -1094,7 +1097,7 @@ def peer_fields(body):
 def json_object(body):
     try:
         fields = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(400, 'the body is not JSON') from error
     if not isinstance(fields, dict):
         raise RequestError(400, 'the body is no JSON object')
@@ -1123,9 +1126,18 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
     def setup(self):
         self.timeout = self.server.timeout_s
         super().setup()
+        self._deadline = threading.Timer(self.server.deadline_s or 0, self._cut)
+        self._deadline.daemon = True
+        if self.server.deadline_s:
+            self._deadline.start()
 
-    def address_string(self):
-        return self.client_address[0] if self.client_address else 'local'
+    def finish(self):
+        self._deadline.cancel()
+        super().finish()
+
+    def _cut(self):
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, form, *args):
         pass  # what happens is an event; a request as such is none
@@ -1146,8 +1158,11 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
     do_POST = do_DELETE = do_PUT = do_PATCH = do_HEAD = do_OPTIONS = do_GET
 
     def _answer_request(self):
-        url = urllib.parse.urlsplit(self.path)
-        self._query = dict(urllib.parse.parse_qsl(url.query))
+        try:
+            url = urllib.parse.urlsplit(self.path)
+            self._query = dict(urllib.parse.parse_qsl(url.query))
+        except ValueError as error:
+            raise RequestError(400, 'this is no path') from error
         path, name = url.path, None
         if not any(path == route for _, route in self.ROUTES):
             path, _, name = path.rpartition('/')
@@ -1155,6 +1170,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         self._body_length()
         methods = [method for method, route in self.ROUTES if route == path]
         caller = self.server.caller(self.client_address)
+        self._refuse_browsers(caller)
         if caller.role == 'newcomer' and (self.command, path) != ('POST', '/api/vpn/create'):
             raise RequestError(404, 'only invites are redeemed here')
         if not methods:
@@ -1170,6 +1186,12 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
             raise RequestError(403, f'{caller.name or "this address"} may not do that', hint.get(caller.role))
         getattr(self, f'_{verb}')(caller, name)
 
+    def _refuse_browsers(self, caller):
+        """A page that a peer looks at must not speak for it: neither by requests of its own, nor by a rebound name."""
+        ours = re.fullmatch(r'(\[[0-9a-fA-F:]+\]|ns\.faas)(:[0-9]+)?', self.headers.get('Host', ''))
+        if 'Origin' in self.headers or (caller.role in ('peer', 'admin') and not ours):
+            raise RequestError(403, 'this is no API for web pages')
+
     def _body_length(self):
         """Note how long the body is. Raises RequestError when that is not said as it must be."""
         if self.headers.get('Transfer-Encoding'):
@@ -1178,7 +1200,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         text = self.headers.get('Content-Length')
         if text is None and self.command == 'POST':
             raise RequestError(411, 'Content-Length is missing')
-        if text is not None and not (text.isascii() and text.isdigit()):
+        if text is not None and not re.fullmatch('[0-9]{1,18}', text):
             self.close_connection = True
             raise RequestError(400, 'Content-Length is no number')
         self._unread = int(text or 0)
@@ -1232,6 +1254,11 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self._answer(json.dumps(answer).encode(), status)
 
+    def send_error(self, code, message=None, explain=None):
+        """What http.server itself refuses, in the same form."""
+        self._unread, self.close_connection = 0, True
+        self._answer(json.dumps({'error': message or self.responses[code][0], 'hint': None}).encode(), code)
+
     def _answer(self, body, status=200, content_type='application/json', headers=()):
         self.send_response(status)
         self.send_header('Content-Type', content_type)
@@ -1250,6 +1277,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
     # One method for each verb
 
     def _new(self, caller, _):
+        self._deadline.cancel()
         name = self._query.get('name', '')
         try:
             answer = self.server.faasd.new(name, self._read, self._unread)
@@ -1261,7 +1289,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         self._json(self.server.faasd.list())
 
     def _health(self, caller, _):
-        self._json(self.server.faasd.health())
+        self._json(self.server.faasd.health(with_recent=caller.role in ('local', 'admin')))
 
     def _ip(self, caller, name):
         self._json(self.server.faasd.ip(name))
@@ -1334,6 +1362,7 @@ def prepare_process():
 
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise StartError('prctl(PR_SET_CHILD_SUBREAPER) failed')
+    os.umask(0o022)  # a stricter one of root's would keep containers out of their root file system
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -1357,7 +1386,7 @@ def main():
         '--standalone', action='store_true', help='make keys, bring up wg0 and CoreDNS, take them down on exit'
     )
     arguments = parser.parse_args()
-    ending = termination()
+    ending, events = termination(), Events()
     try:
         if os.geteuid() != 0:
             raise StartError('faasd needs root', 'sudo python3 faasd.py')
@@ -1366,17 +1395,17 @@ def main():
         if missing:
             raise StartError(f'not installed: {", ".join(missing)}', "'make deps' installs what is missing")
         prepare_process()
-        faasd = Faasd(read_settings(os.environ), arguments.standalone, Events())
+        faasd = Faasd(read_settings(os.environ), arguments.standalone, events)
         faasd.start()
     except (
         StartError,
         vpn_manager.VPNError,
         registry.RegistryError,
         shell.CommandError,
-        RequestError,
         OSError,
         sqlite3.Error,
     ) as error:
+        events.close()
         hint = getattr(error, 'hint', None)
         print(f'faasd: {error}{f" ({hint})" if hint else ""}', file=sys.stderr)
         return 1
@@ -1384,6 +1413,7 @@ def main():
     os.read(ending, 1)
     notify('STOPPING=1')
     faasd.stop()
+    events.close()
     return 0
 
 

@@ -17,13 +17,11 @@ import time
 from typing import NamedTuple
 
 GATEWAY = 'fd00:faa5:0:100::1'  # WireGuard, CoreDNS and the control API on wg0
-PREFIX = 'fd00:faa5::/32'
 PEERS = 'fd00:faa5:0:100'
 FIRST_HOST, LAST_HOST = 0xA, 0xFFFF
 RESERVED = frozenset(('ns', 'dashboard', 'metrics', 'peers'))  # labels of the apex that are no function's
-INVITE_REPEAT_S = (
-    120  # so long a redeemed invite repeats its answer to the key that redeemed it: a lost reply is no lost invite
-)
+# So long a redeemed invite repeats its answer to the key that redeemed it: a lost reply is no lost invite.
+INVITE_REPEAT_S = 120
 FIRST_SERIAL = 2025001  # the document's
 
 LABEL = re.compile(r'[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?')
@@ -212,14 +210,10 @@ def check_name(name, reserved=frozenset()):
     return name
 
 
-def serial_after(serial, *others):
-    """The serial that follows the largest given one in the arithmetic of RFC 1982.
-
-    Never 0, which CoreDNS takes for no zone.
-    """
-    for other in others:
-        if other is not None and 0 < (other - serial) & 0xFFFFFFFF < 0x80000000:
-            serial = other
+def serial_after(serial, seen=None):
+    """The serial after the larger of both in the arithmetic of RFC 1982; never 0, which CoreDNS takes for no zone."""
+    if seen is not None and 0 < (seen - serial) & 0xFFFFFFFF < 0x80000000:
+        serial = seen
     return (serial + 1) & 0xFFFFFFFF or 1
 
 
@@ -227,9 +221,8 @@ class Registry:
     """Functions, revisions, peers, invites and the DNS serial in one sqlite3 file. Safe to call from any thread."""
 
     def __init__(self, path='/var/lib/faasd/registry.db'):
-        os.close(
-            os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        )  # sqlite3 gives its -wal and -shm the same mode
+        # sqlite3 gives its -wal and -shm the same mode.
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
         self._lock = threading.RLock()
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10)
         self._db.execute('PRAGMA journal_mode = WAL')

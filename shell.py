@@ -1,15 +1,12 @@
 """Runs the programs that faasd leans on; no other module of the daemon starts one."""
 
 import contextlib
-import logging
 import os
 import select
 import shutil
 import signal
 import subprocess
 import tempfile
-
-log = logging.getLogger('faasd.shell')
 
 
 class CommandError(Exception):
@@ -23,11 +20,10 @@ class CommandError(Exception):
 def run(argv, *, input=None, stdin=subprocess.DEVNULL, ok=(0,), timeout_s=30):
     """Run argv to its end; text in (or a file as `stdin`), text out.
 
-    Secrets go in by `input`, never by argv: each argv is logged before it runs.
+    Secrets go in by `input`, never by argv.
 
     Raises CommandError when the program is missing, is too slow, or ends with a code that is not in `ok`.
     """
-    log.debug('+ %s', ' '.join(argv))
     feed = {'stdin': stdin} if input is None else {'input': input}
     try:
         done = subprocess.run(argv, capture_output=True, text=True, errors='replace', timeout=timeout_s, **feed)
@@ -48,7 +44,6 @@ def start(argv, *, output=False, **environ):
 
     It gets a session of its own: a Ctrl-C at faasd's terminal is faasd's to handle.
     """
-    log.debug('+ %s &', ' '.join(argv))
     streams = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT} if output else {}
     try:
         return subprocess.Popen(
@@ -60,7 +55,6 @@ def start(argv, *, output=False, **environ):
 
 def run_with_fds(argv, fds, timeout_s=30):
     """Run argv to its end with `fds`, {its number there: our descriptor}, and no others; return its exit code."""
-    log.debug('+ %s', ' '.join(argv))
     actions = [(os.POSIX_SPAWN_OPEN, 0, '/dev/null', os.O_RDONLY, 0)]
     actions += [(os.POSIX_SPAWN_DUP2, fds[number], number) for number in sorted(fds)]
     try:
@@ -124,6 +118,12 @@ def start_time(pid):
             return int(file.read().rpartition(')')[2].split()[19])
     except (OSError, IndexError, ValueError):
         return None
+
+
+def finish(process):
+    """End and reap what `start` started."""
+    end(process.pid, start_time(process.pid))
+    process.wait()
 
 
 def end(pid, started, timeout_s=5):

@@ -250,32 +250,38 @@ class VPNManager:
         with private_file(text) as path:
             shell.run(['wg', 'syncconf', self.interface, path])
 
-    def handshakes(self):
-        """{public key: seconds since its last handshake, None for never} of the peers on wg0; {} when wg0 is away."""
+    def strangers(self, peers):
+        """The public keys on wg0 that are none of `peers`; a projection takes them away."""
+        return set(self._show('peers').split()) - {peer.public_key for peer in peers}
+
+    def active(self):
+        """The public keys of the peers with a fresh handshake; none when wg0 is away."""
         try:
-            lines = shell.run(['wg', 'show', self.interface, 'latest-handshakes']).stdout.splitlines()
+            stamps = [line.split('\t') for line in self._show('latest-handshakes').splitlines()]
         except shell.CommandError:
-            return {}
-        stamps = (line.split('\t') for line in lines)
-        return {key: time.time() - int(stamp) if int(stamp) else None for key, stamp in stamps}
+            return set()
+        return {key for key, stamp in stamps if time.time() - int(stamp) < HANDSHAKE_FRESH_S}
+
+    def _show(self, what):
+        return shell.run(['wg', 'show', self.interface, what]).stdout.strip()
 
     # The interface
 
-    def present(self):
-        """True if the interface exists in this network namespace."""
+    def index(self):
+        """The interface's number, 0 if there is none."""
         with contextlib.suppress(OSError):
-            return socket.if_nametoindex(self.interface) > 0
-        return False
+            return socket.if_nametoindex(self.interface)
+        return 0
 
     def check_interface(self):
-        """Raise VPNError unless wg0 is there, is WireGuard, has our key and the gateway address."""
-        if not self.present():
+        """Raise VPNError unless wg0 is up, a WireGuard interface, with our key and port and the gateway address."""
+        if not self.index():
             raise VPNError(
                 f'there is no interface {self.interface}',
                 f"bring it up (systemctl start wg-quick@{self.interface}), or run 'faasd.py --standalone', which does",
             )
         try:
-            key = shell.run(['wg', 'show', self.interface, 'public-key']).stdout.strip()
+            key, port = self._show('public-key'), self._show('listen-port')
         except shell.CommandError as error:
             raise VPNError(
                 f'{self.interface} is no WireGuard interface', 'set FAAS_WG_INTERFACE to another name'
@@ -285,6 +291,10 @@ class VPNManager:
                 f'{self.interface} runs with another key than {self._path("server_private.key")}',
                 f'put that key into {self._path(self.interface + ".conf")} and restart wg-quick@{self.interface}',
             )
+        if port != str(self.port):
+            raise VPNError(f'{self.interface} listens on UDP port {port}, not on {self.port}', 'set FAAS_WG_PORT')
+        if not self._is_up():
+            raise VPNError(f'{self.interface} is down', f'ip link set up dev {self.interface}')
         if ipaddress.IPv6Address(self.gateway) not in self._addresses():
             raise VPNError(
                 f'{self.interface} does not have the address {self.gateway}',
@@ -312,8 +322,7 @@ class VPNManager:
                 time.sleep(0.01)
         try:
             self._reload_wireguard([])
-            shell.run(['ip', '-6', 'address', 'add', f'{self.gateway}/64', 'dev', self.interface, 'nodad'])
-            shell.run(['ip', 'link', 'set', 'mtu', '1420', 'up', 'dev', self.interface])
+            self.set_up()
         except shell.CommandError as error:
             self.take_down(process)
             if 'Permission denied' in error.stderr:
@@ -323,15 +332,22 @@ class VPNManager:
             raise
         return process
 
+    def set_up(self):
+        """Give wg0 its address and bring it up, also if both is so already."""
+        shell.run(['ip', '-6', 'address', 'replace', f'{self.gateway}/64', 'dev', self.interface, 'nodad'])
+        shell.run(['ip', 'link', 'set', 'mtu', '1420', 'up', 'dev', self.interface])
+
     def _answers(self):
-        return self.present() and shell.run(['wg', 'show', self.interface], ok=(0, 1)).returncode == 0
+        return self.index() and shell.run(['wg', 'show', self.interface], ok=(0, 1)).returncode == 0
 
     def take_down(self, process=None):
         """Remove wg0 and end its wireguard-go, if any; both may be gone already."""
         shell.run(['ip', 'link', 'delete', self.interface], ok=(0, 1))
         if process is not None:
-            process.terminate()
-            process.wait(timeout=5)
+            shell.finish(process)
+
+    def _is_up(self):
+        return 'UP' in json.loads(shell.run(['ip', '-json', 'link', 'show', 'dev', self.interface]).stdout)[0]['flags']
 
     def _addresses(self):
         """The IPv6 addresses on wg0."""

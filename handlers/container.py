@@ -12,6 +12,7 @@ import select
 import shutil
 import signal
 import threading
+import time
 from typing import NamedTuple
 
 import shell
@@ -21,6 +22,7 @@ RUNTIME = '/opt/faas/runtime.py'
 LOG_LIMIT = 1 << 20  # bytes; one older file of that size is kept
 TAIL_LINES = 20
 LINE_LIMIT = 4096
+PAUSE_S = 0.01  # between two turns of the copier: a function that floods its log gets a pipe's worth for each
 
 # Every instance has a range of its own, so that no two can signal, trace or read each other, and nothing in the host's
 # tree is theirs. From above what systemd gives to containers (UIDS-GIDS.md: 524288 to 1879048191) up to 2^31, where
@@ -31,98 +33,49 @@ ID_SLOTS = 4096
 # A passed socket is of the host's network, and its ioctl requests 0x8900 to 0x89ff list and change interfaces. The
 # kernel compares 64 bits but the request is the low 32: MASKED_EQ looks at those alone. The rest is what containers are
 # commonly refused: ways to more kernel.
+# fmt: off
 REFUSED_SYSCALLS = (
-    'acct',
-    'add_key',
-    'bpf',
-    'clock_adjtime',
-    'clock_settime',
-    'create_module',
-    'delete_module',
-    'finit_module',
-    'fsconfig',
-    'fsmount',
-    'fsopen',
-    'fspick',
-    'get_mempolicy',
-    'init_module',
-    'io_uring_enter',
-    'io_uring_register',
-    'io_uring_setup',
-    'ioperm',
-    'iopl',
-    'kcmp',
-    'kexec_file_load',
-    'kexec_load',
-    'keyctl',
-    'lookup_dcookie',
-    'mbind',
-    'migrate_pages',
-    'mount',
-    'mount_setattr',
-    'move_mount',
-    'move_pages',
-    'name_to_handle_at',
-    'nfsservctl',
-    'open_by_handle_at',
-    'open_tree',
-    'perf_event_open',
-    'pivot_root',
-    'process_vm_readv',
-    'process_vm_writev',
-    'ptrace',
-    'query_module',
-    'quotactl',
-    'reboot',
-    'request_key',
-    'set_mempolicy',
-    'setns',
-    'settimeofday',
-    'stime',
-    'swapoff',
-    'swapon',
-    'syslog',
-    'sysfs',
-    'umount',
-    'umount2',
-    'unshare',
-    'uselib',
-    'userfaultfd',
-    'ustat',
-    'vhangup',
-    'vm86',
-    'vm86old',
+    'acct', 'add_key', 'bpf', 'clock_adjtime', 'clock_settime', 'create_module', 'delete_module', 'finit_module',
+    'fsconfig', 'fsmount', 'fsopen', 'fspick', 'get_mempolicy', 'init_module', 'io_uring_enter',
+    'io_uring_register', 'io_uring_setup', 'ioperm', 'iopl', 'kcmp', 'kexec_file_load', 'kexec_load', 'keyctl',
+    'lookup_dcookie', 'mbind', 'migrate_pages', 'mount', 'mount_setattr', 'move_mount', 'move_pages',
+    'name_to_handle_at', 'nfsservctl', 'open_by_handle_at', 'open_tree', 'perf_event_open', 'pivot_root',
+    'process_vm_readv', 'process_vm_writev', 'ptrace', 'query_module', 'quotactl', 'reboot', 'request_key',
+    'set_mempolicy', 'setns', 'settimeofday', 'stime', 'swapoff', 'swapon', 'syslog', 'sysfs', 'umount', 'umount2',
+    'unshare', 'uselib', 'userfaultfd', 'ustat', 'vhangup', 'vm86', 'vm86old',
 )
+# fmt: on
 CLONE_NEW = 0x7E020000  # CLONE_NEWNS NEWCGROUP NEWUTS NEWIPC NEWUSER NEWPID NEWNET
-EPERM, ENOSYS = 1, 38
+EPERM, ENOSYS, EAFNOSUPPORT = 1, 38, 97
+# The network namespace does not confine each family (AF_VSOCK leads to a hypervisor). The upper half of the register,
+# which the kernel ignores, is above the greatest good one.
+AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16
+REFUSED_FAMILIES = [
+    ('SCMP_CMP_GT', AF_NETLINK),
+    *(('SCMP_CMP_EQ', family) for family in range(AF_NETLINK) if family not in (AF_UNIX, AF_INET, AF_INET6)),
+]
+
+
+def refuse(*names, errno=EPERM, **argument):
+    rule = {'names': names, 'action': 'SCMP_ACT_ERRNO', 'errnoRet': errno}
+    return rule | ({'args': [argument]} if argument else {})
+
+
 SECCOMP = {
     'defaultAction': 'SCMP_ACT_ALLOW',
     'architectures': [
         {'x86_64': 'SCMP_ARCH_X86_64', 'aarch64': 'SCMP_ARCH_AARCH64'}.get(platform.machine(), 'SCMP_ARCH_NATIVE')
     ],
     'syscalls': [
-        {
-            'names': ['ioctl'],
-            'action': 'SCMP_ACT_ERRNO',
-            'errnoRet': EPERM,
-            'args': [{'index': 1, 'value': 0xFFFFFF00, 'valueTwo': 0x8900, 'op': 'SCMP_CMP_MASKED_EQ'}],
-        },
+        refuse('ioctl', index=1, value=0xFFFFFF00, valueTwo=0x8900, op='SCMP_CMP_MASKED_EQ'),
+        *(refuse('socket', errno=EAFNOSUPPORT, index=0, value=family, op=op) for op, family in REFUSED_FAMILIES),
         *(
-            {
-                'names': ['clone'],
-                'action': 'SCMP_ACT_ERRNO',
-                'errnoRet': EPERM,
-                'args': [{'index': 0, 'value': 1 << bit, 'valueTwo': 1 << bit, 'op': 'SCMP_CMP_MASKED_EQ'}],
-            }
+            refuse('clone', index=0, value=1 << bit, valueTwo=1 << bit, op='SCMP_CMP_MASKED_EQ')
             for bit in range(32)
             if CLONE_NEW >> bit & 1
         ),
-        {
-            'names': ['clone3'],
-            'action': 'SCMP_ACT_ERRNO',
-            'errnoRet': ENOSYS,
-        },  # its flags are behind a pointer; libc falls back to clone
-        {'names': list(REFUSED_SYSCALLS), 'action': 'SCMP_ACT_ERRNO', 'errnoRet': EPERM},
+        refuse('clone3', errno=ENOSYS),  # its flags are behind a pointer; libc falls back to clone
+        refuse(*REFUSED_SYSCALLS),
     ],
 }
 
@@ -179,23 +132,8 @@ class Containers:
                 os.path.join(os.path.dirname(os.path.abspath(__file__)), module),
                 os.path.join(self._rootfs, 'opt/faas', module),
             )
-        shell.run(
-            [
-                '/usr/bin/python3',
-                '-I',
-                '-S',
-                '-m',
-                'compileall',
-                '-q',
-                '--invalidation-mode',
-                'unchecked-hash',
-                '-s',
-                self._rootfs,
-                '-p',
-                '/',
-                os.path.join(self._rootfs, 'opt/faas'),
-            ]
-        )
+        compile_all = ['/usr/bin/python3', '-I', '-S', '-m', 'compileall', '-q', '--invalidation-mode=unchecked-hash']
+        shell.run([*compile_all, '-s', self._rootfs, '-p', '/', os.path.join(self._rootfs, 'opt/faas')])
 
     def start(self, name, revision, folder, channel, output):
         """A running Container for revision `folder` of function `name`.
@@ -204,7 +142,9 @@ class Containers:
         """
         ident = f'{self.prefix}-{secrets.token_hex(4)}'
         with self._lock:
-            slot = next(slot for slot in range(ID_SLOTS) if slot not in self._slots)
+            slot = next((slot for slot in range(ID_SLOTS) if slot not in self._slots), None)
+            if slot is None:
+                raise ContainerError(f'{ID_SLOTS} instances run already')
             self._slots.add(slot)
         bundle = os.path.join(self._instances, ident)
         try:
@@ -222,22 +162,10 @@ class Containers:
             self._write(bundle, 'record.json', record)
             self._write(bundle, 'config.json', self._config(ident, name, folder, base))
             pid_file, errors = os.path.join(bundle, 'pid'), os.path.join(bundle, 'runc.log')
+            # No session keyring: a host that is itself a container may refuse one, and keyctl is refused to functions.
+            run = ['run', '--detach', '--no-new-keyring', '--preserve-fds', '1', '--bundle', bundle]
             code = shell.run_with_fds(
-                [
-                    *self._runc,
-                    '--log',
-                    errors,
-                    'run',
-                    '--detach',
-                    '--no-new-keyring',  # a host that is itself a container may refuse one; keyctl is refused
-                    '--bundle',
-                    bundle,
-                    '--preserve-fds',
-                    '1',
-                    '--pid-file',
-                    pid_file,
-                    ident,
-                ],
+                [*self._runc, '--log', errors, *run, '--pid-file', pid_file, ident],
                 {1: output, 2: output, protocol.CHANNEL_FD: channel},
             )
             if code:
@@ -257,7 +185,8 @@ class Containers:
     def remove(self, container):
         """Remove what is left of a container whose first process has ended; return why it ended, as a line."""
         code = container.reap()
-        reason = f'ended with exit code {code}' if code <= 128 else f'ended by {signal.Signals(code - 128).name}'
+        signals = {128 + number: number.name for number in signal.Signals}
+        reason = f'ended by {signals[code]}' if code in signals else f'ended with exit code {code}'
         if code in (137, 143) and self._out_of_memory(container.ident):
             reason = f'ran out of memory (its limit is {self.limits.memory >> 20} MiB)'
         self._delete(container.ident)
@@ -397,7 +326,6 @@ class Containers:
                     '/proc/scsi',
                     '/proc/timer_list',
                     '/proc/timer_stats',
-                    '/sys/firmware',
                 ],
                 'readonlyPaths': ['/proc/bus', '/proc/fs', '/proc/irq', '/proc/sys', '/proc/sysrq-trigger'],
             },
@@ -450,7 +378,7 @@ class Log:
         for path in (f'{self.path}.1', self.path):
             with contextlib.suppress(OSError), open(path, 'rb') as file:
                 data += file.read(2 * LOG_LIMIT)
-        return b''.join(data.splitlines(keepends=True)[-lines:])
+        return b''.join(data.splitlines(keepends=True)[-lines:]) if lines else b''
 
 
 class LogPipe:
@@ -507,6 +435,7 @@ class LogCopier:
 
     def _run(self):
         while True:
+            time.sleep(PAUSE_S)
             for fd, _ in self._epoll.poll():
                 if not self._pipes[fd].copy():
                     # Before it is closed: runc's child may hold a copy between fork and exec, and epoll would go on.

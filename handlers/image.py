@@ -15,6 +15,7 @@ MOST_ENTRIES = 20_000
 MOST_DEPTH = 32
 NOBODY = 65534
 CHUNK = 1 << 18
+WORKER_CPU_S, WORKER_MEMORY = 120, 1 << 30
 
 
 class ImageError(Exception):
@@ -43,10 +44,7 @@ def disk_full_is_named():
 
 
 class Staging:
-    """A folder below `functions` in which a revision grows.
-
-    Gone at the end of the context unless `keep` moved it to its place.
-    """
+    """A folder below `functions` in which a revision grows, for as long as the context lasts."""
 
     def __init__(self, functions):
         with disk_full_is_named():
@@ -62,10 +60,7 @@ class Staging:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def receive(self, read, length):
-        """Spool `length` bytes of a tar archive from read(n) and unpack them.
-
-        Raises ImageError, EOFError when they end early.
-        """
+        """Spool and unpack a tar archive of `length` bytes from read(n). Raises ImageError; EOFError if it is cut."""
         import shell  # not in the worker: it has no use for it
 
         with disk_full_is_named(), tempfile.TemporaryFile(dir=self._folder) as archive:
@@ -104,10 +99,7 @@ class Staging:
 
 
 def unpack(archive):
-    """Unpack a tar stream into the current folder.
-
-    Plain files, folders, and symbolic links that stay inside. Raises ImageError.
-    """
+    """Unpack a tar of files, folders and links that stay inside into the current folder. Raises ImageError."""
     with tarfile.open(fileobj=archive, mode='r|') as tar:
         for count, member in enumerate(tar):
             if count >= MOST_ENTRIES:
@@ -147,10 +139,13 @@ def worker(folder):
     """Drop everything but `folder`, unpack stdin into it, precompile what is Python, and see that the disk has it."""
     import ctypes
     import py_compile
+    import resource
 
     libc = ctypes.CDLL(None)
     ''.encode('latin-1'), ''.encode('ascii')  # codecs are imported at first use: there is no library behind chroot
     os.umask(0o022)
+    resource.setrlimit(resource.RLIMIT_CPU, (WORKER_CPU_S, WORKER_CPU_S))  # it compiles what strangers wrote
+    resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
     os.chown(folder, NOBODY, NOBODY)
     os.chroot(folder)
     os.chdir('/')

@@ -13,6 +13,7 @@ import socket
 import struct
 import termios
 import time
+import traceback
 import weakref
 from typing import NamedTuple
 
@@ -20,8 +21,9 @@ from handlers import protocol
 from handlers.container import ContainerError, LogPipe
 
 MOST_CONNECTIONS = 1024  # handed to one instance at a time; more wait in the listener's backlog
+MOST_MESSAGES = 256  # of one instance before the others have their turn
 YOUNG_S = 10  # an instance that dies before this age is crashing: the next start waits
-FIRST_DELAY_S, LAST_DELAY_S = 0.25, 30
+FIRST_DELAY_S, LAST_DELAY_S = 0.5, 30
 DRAIN_S = 600  # how long a replaced instance may take to finish what it holds
 IDLE_S = 30  # how long it keeps idle connections that were kept alive
 
@@ -56,7 +58,8 @@ class Instance:
         self.up = concurrent.futures.Future()  # the instance itself once it is ready, else StartFailed
         self.gone = concurrent.futures.Future()
         self._number = 0
-        self._reason = self._container = self._channel = None
+        self._reason = self._container = self._channel = self._pipe = None
+        self._greeted = False
         self._around = pool.around
 
     def begin(self):
@@ -64,25 +67,26 @@ class Instance:
 
     def _launch(self):
         """In a worker thread: everything that waits for runc."""
-        ours, theirs = protocol.pair()
-        self._pipe = LogPipe(self.pool.log)
-        self._around.copier.add(self._pipe)
-        container = None
+        self.born = time.monotonic()
         try:
-            container = self._around.containers.start(
-                self.pool.name, self.revision, self.folder, theirs.fileno(), self._pipe.writer
-            )
-        except BaseException as error:
-            ours.close()
+            with contextlib.ExitStack() as kept, contextlib.ExitStack() as lent:
+                ours, theirs = protocol.pair()
+                kept.enter_context(ours)
+                lent.enter_context(theirs)
+                self._pipe = LogPipe(self.pool.log)
+                lent.callback(self._pipe.close_writer)
+                self._around.copier.add(self._pipe)
+                container = self._around.containers.start(
+                    self.pool.name, self.revision, self.folder, theirs.fileno(), self._pipe.writer
+                )
+                kept.pop_all()
+        except Exception as error:
+            if self._pipe:
+                self._pipe.wait()
             reason = str(error) if isinstance(error, ContainerError) else repr(error)
-        finally:
-            theirs.close()
-            self._pipe.close_writer()
-        if container:
-            self._around.loop.call(self._launched, container, ours)
-        else:
-            self._pipe.wait()
             self._around.loop.call(self._ended, reason)
+        else:
+            self._around.loop.call(self._launched, container, ours)
 
     def _launched(self, container, channel):
         self._container, self._channel = container, channel
@@ -136,18 +140,23 @@ class Instance:
         return True
 
     def _read(self):
+        if not self._hear(MOST_MESSAGES):
+            self._around.loop.unwatch(self._channel.fileno())
+            self._around.loop.later(1, self.kill, 'closed its channel to faasd')  # most often it is ending by itself
+
+    def _hear(self, most):
+        """Take in what the runtime has said; False when it has no more to say."""
         try:
-            while True:
+            for _ in range(most):
                 message, fd = protocol.receive(self._channel)
                 if fd is not None or not message:
-                    break
+                    return False
                 self._heard(message[:1], message)
         except BlockingIOError:
-            return
-        except (OSError, protocol.ProtocolError):
             pass
-        self._around.loop.unwatch(self._channel.fileno())
-        self._around.loop.later(1, self.kill, 'closed its channel to faasd')  # most often it is ending by itself
+        except (OSError, protocol.ProtocolError):
+            return False
+        return True
 
     def _heard(self, kind, message):
         if kind == protocol.DONE:
@@ -158,7 +167,8 @@ class Instance:
         elif kind == protocol.HELLO:
             if message[1:] != bytes((protocol.VERSION,)):
                 raise protocol.ProtocolError('another version')
-        elif kind == protocol.READY:
+            self._greeted = True
+        elif kind == protocol.READY and self._greeted:
             self.kind = text_of(message)
             if self.state == 'starting':
                 self.state = 'ready'
@@ -167,15 +177,10 @@ class Instance:
         elif kind == protocol.FAILED:
             self._reason = text_of(message)
         else:
-            raise protocol.ProtocolError('unknown message')
+            raise protocol.ProtocolError('not what comes next')
 
     def _exited(self):
-        with contextlib.suppress(OSError, protocol.ProtocolError):  # what it said last
-            while True:
-                message, fd = protocol.receive(self._channel)
-                if fd is not None or not message:
-                    break
-                self._heard(message[:1], message)
+        self._hear(1 << 16)  # what it said last
         self._around.loop.unwatch(self._channel.fileno())
         self._around.loop.unwatch(self._container.pidfd)
         self._channel.close()
@@ -186,14 +191,18 @@ class Instance:
 
     def _bury(self, container):
         """In a worker thread: what waits for runc and for the last output."""
-        reason = self._around.containers.remove(container)
+        try:
+            reason = self._around.containers.remove(container)
+        except Exception as error:  # its end must be seen, whatever remains of it
+            traceback.print_exc()
+            reason = repr(error)
         self._pipe.wait()
         self._around.loop.call(self._ended, self._reason or reason)
 
     def _ended(self, reason):
         before, self.state = self.state, 'dead'
         if not self.up.done():
-            self.up.set_exception(StartFailed(reason, self._pipe.tail()))
+            self.up.set_exception(StartFailed(reason, self._pipe.tail() if self._pipe else ()))
         self.pool.ended(self, before, reason)
         self.gone.set_result(None)
 
@@ -271,7 +280,10 @@ class Pool:
 
     def _begin(self, instance):
         self._instances.add(instance)
-        instance.begin()
+        if self._closed:
+            instance._ended('it is being shut down')
+        else:
+            instance.begin()
 
     def _wake(self):
         """Start an instance if there is none and none is on its way, not before the delay after a crash is over."""
@@ -295,8 +307,12 @@ class Pool:
 
     def _switch(self, instance):
         if self.revision is not None and instance.revision < self.revision:  # a later deploy was faster
+            self._replaced.add(instance.folder)
             return instance.stop(0, DRAIN_S)
-        before, self._serving, self._starting = self._serving, instance, None
+        for other in (self._serving, self._starting):
+            if other not in (None, instance):
+                other.stop(IDLE_S, DRAIN_S)
+        self._serving, self._starting = instance, None
         if self.folder not in (None, instance.folder):
             self._replaced.add(self.folder)
         self.revision, self.folder = instance.revision, instance.folder
@@ -304,8 +320,6 @@ class Pool:
         if instance.state == 'dead':  # between its readiness and this call
             self._serving = None
             self.gate(True)
-        if before is not None:
-            before.stop(IDLE_S, DRAIN_S)
         self.around.loop.later(YOUNG_S, self._grown, instance)
         self.flush()
 
@@ -351,7 +365,7 @@ class Pool:
             expected = True  # a deploy's, which tells the person itself
         if not expected:
             self._failures = self._failures + 1 if instance.age_s() < YOUNG_S else 0
-            delay_s = min(LAST_DELAY_S, FIRST_DELAY_S * 2**self._failures) if self._failures else 0
+            delay_s = min(LAST_DELAY_S, FIRST_DELAY_S * 2 ** min(self._failures - 1, 10)) if self._failures else 0
             self._not_before = time.monotonic() + delay_s
             self.reason = reason
             self.around.emit(

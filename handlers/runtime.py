@@ -35,6 +35,7 @@ CONTROL = '/control.sock'
 FEW_THREADS, MOST_THREADS = 2, 32
 HELD_UP_S = 0.005
 MOST_PROCESSES = 32
+HEAD_S = 20  # how long a client may be silent within a request's head: it holds a thread then
 KINDS = (
     'handler.py offers nothing to call: it needs a class derived from BaseHTTPRequestHandler, a WSGI callable `app`, '
     'a function `handle(connection, address)`, or to connect to /control.sock itself'
@@ -92,6 +93,7 @@ class Driven:
         handler = self._handler
         while True:
             handler.close_connection, handler.answered = True, False
+            self.connection.settimeout(HEAD_S)
             try:
                 handler.handle_one_request()
             except (ConnectionError, TimeoutError):
@@ -105,9 +107,7 @@ class Driven:
                 handler.end()
                 return False
             self.connection.setblocking(False)  # a pipelined request may be in the buffer already
-            waiting = handler.rfile.peek(1)
-            self.connection.settimeout(handler.timeout)
-            if not waiting:
+            if not handler.rfile.peek(1):
                 return True
 
 
@@ -130,6 +130,12 @@ def drive(handler_class, runtime):
 
         def end(self):
             super().finish()
+
+        def parse_request(self):
+            try:
+                return super().parse_request()
+            finally:
+                self.connection.settimeout(self.timeout)
 
         def send_response_only(self, code, message=None):
             self.answered = code >= 200
@@ -166,17 +172,14 @@ def wsgi(app):
 
     class Request(WSGIRequestHandler):
         def handle(self):
+            self.connection.settimeout(HEAD_S)
             self.raw_requestline = self.rfile.readline(65537)
-            if not self.raw_requestline:
+            if not self.raw_requestline or not self.parse_request():
                 return
-            if not self.parse_request():
-                return
+            self.connection.settimeout(None)
             handler = ServerHandler(self.rfile, self.wfile, sys.stderr, self.get_environ(), multithread=True)
             handler.request_handler = self  # for its log line
             handler.run(app)
-
-        def address_string(self):
-            return self.client_address[0]
 
     return lambda connection, address: Whole(connection, address, lambda *both: Request(*both, server))
 

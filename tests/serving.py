@@ -61,7 +61,8 @@ class UnixConnection(http.client.HTTPConnection):
 class Server:
     """faasd on `host`. `lines` is what it printed so far."""
 
-    def __init__(self, host, *arguments, **settings):
+    def __init__(self, host, *arguments, umask=-1, **settings):
+        self.umask = umask
         self.host, self.arguments, self.settings = host, arguments, {'FAAS_VPN_ENDPOINT': '203.0.113.10', **settings}
         self.lines = []
         self.process = None
@@ -73,6 +74,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            umask=self.umask,
         )
         self._reader = threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True)
         self._reader.start()

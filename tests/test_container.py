@@ -22,6 +22,8 @@ SYSCALLS = {
     | {'io_uring_setup': 425, 'clone3': 435, 'userfaultfd': 282, 'perf_event_open': 241, 'umount2': 39, 'clone': 220},
 }[os.uname().machine]
 
+SOCKET = {'x86_64': 41, 'aarch64': 198}[os.uname().machine]
+
 STATUS = 'dict(line.rstrip("\\n").split(":\\t", 1) for line in open("/proc/self/status"))'
 
 
@@ -147,6 +149,19 @@ class Sees(inside.InHost):
         self.assertEqual([['OSError', 'EPERM']] * (len(answers) - 3), answers[:-3])
         self.assertEqual({'OSError'}, {how for how, _ in answers[-3:]})
         self.assertEqual([['OSError', 'ENOSYS']], self.run_in(f'syscall({SYSCALLS["clone3"]}, 0, 0)'))
+
+    @inside.inside
+    def test_no_family_of_sockets_but_those_that_namespaces_confine(self):
+        with inside.containers() as them, inside.Expressions(them) as instance:
+            instance.wait_up()
+            for family in range(48):
+                for upper_half in (0, 1 << 32):
+                    argument = f'ctypes.c_ulong({family | upper_half})'
+                    made = instance.eval(f'os.close(syscall({SOCKET}, {argument}, socket.SOCK_DGRAM, 0))')
+                    if family in (1, 2, 10, 16) and not upper_half:
+                        self.assertNotEqual(['OSError', 'EAFNOSUPPORT'], made, family)
+                    else:
+                        self.assertEqual(['OSError', 'EAFNOSUPPORT'], made, family)
 
     @inside.inside
     def test_a_passed_sockets_ioctls_are_refused_whatever_their_upper_half_is(self):

@@ -4,18 +4,21 @@ import concurrent.futures
 import contextlib
 import hashlib
 import hmac
+import http.client
 import json
 import os
 import re
 import secrets
 import signal
 import socket
+import subprocess
 import tempfile
 import time
 import unittest
 import unittest.mock
 
 import faasd
+from handlers import runtime
 from tests import lab, serving
 
 CRASHING = 'import os, time\ndef handle(connection, address):\n    os.kill(os.getpid(), 9)\n'
@@ -117,21 +120,6 @@ class MayTest(unittest.TestCase):
         for role, may in allowed.items():
             self.assertEqual(may, {verb for verb in verbs if faasd.may(faasd.Caller(role, 'me'), verb, 'other')}, role)
         self.assertTrue(faasd.may(faasd.Caller('peer', 'me'), 'vpn_remove', 'me'))
-
-
-class LoopTest(unittest.TestCase):
-    def test_calls_timers_and_faults(self):
-        loop, seen = faasd.Loop(), []
-        try:
-            loop.call(loop.later, 0.02, seen.append, 'later')
-            loop.call(seen.append, 'call')
-            with unittest.mock.patch('traceback.print_exc') as printed:
-                loop.call(lambda: 1 / 0)
-                lab.wait_until(lambda: len(seen) == 2, 5, 'the timer')
-            self.assertEqual(['call', 'later'], seen)
-            printed.assert_called_once()
-        finally:
-            loop.stop()
 
 
 @lab.needs_root
@@ -304,6 +292,39 @@ class OneServer(unittest.TestCase):
                 self.assertTrue(body['error'])
         self.assertEqual(before, self.remains())
 
+    def test_what_http_server_itself_refuses_is_json_too(self):
+        for request, status in (
+            (b'BREW /api/list HTTP/1.1\r\nHost: x\r\n\r\n', 501),
+            (b'GET http://[ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n', 400),
+            (b'GET /api/list HTTP/1.1\r\nContent-Length: ' + b'9' * 5000 + b'\r\n\r\n', 400),
+            (b'GET /' + b'x' * 70000 + b' HTTP/1.1\r\n\r\n', 414),
+        ):
+            with self.subTest(request[:30]):
+                got, body = self.raw(request, shut=True)
+                self.assertEqual((status, {'error', 'hint'}), (got, set(body)))
+        deep = b'{"name": ' + b'[' * 60000
+        self.assertEqual(400, self.server.api('POST', '/api/vpn/create', deep).status)
+        self.assertFalse(self.server.printed('Traceback'))
+
+    def test_a_web_page_does_not_speak_for_whom_looks_at_it(self):
+        body = {'name': 'evil', 'public_key': key()}
+        origin = {'Origin': 'http://evil.example', 'Content-Type': 'text/plain'}
+        self.assertEqual(403, self.server.api('POST', '/api/vpn/create', body, origin).status)
+        self.host.run(['ip', '-6', 'address', 'add', 'fd00:faa5:0:100::fff/128', 'dev', 'lo'])
+        self.addCleanup(self.host.run, ['ip', '-6', 'address', 'del', 'fd00:faa5:0:100::fff/128', 'dev', 'lo'])
+        peer = f'[Peer]\nPublicKey = {key()}\nAllowedIPs = fd00:faa5:0:100::fff/128\n'
+        (self.host.path('/etc/wireguard/peers') / 'browser.conf').write_text(peer)
+        self.server.api('POST', '/api/vpn/create', {'name': 'push', 'public_key': key()})
+        for name in ('browser', 'push'):
+            self.addCleanup(self.server.api, 'DELETE', f'/api/vpn/remove/{name}')
+        ask = ['curl', '-sg', '--interface', 'fd00:faa5:0:100::fff', '-w', '%{http_code}', '-o', '/dev/null']
+        url = 'http://[fd00:faa5:0:100::1]:8080/api/list'
+        for more, code in (([], '200'), (['-H', 'Host: ns.faas:8080'], '200'), (['-H', 'Host: evil.example'], '403')):
+            self.assertEqual(code, self.host.run([*ask, *more, url]).stdout, more)
+        health = self.host.run([*ask[:4], url.replace('list', 'health')]).stdout
+        self.assertNotIn('recent', health)
+        self.assertIn('recent', self.server.api('GET', '/api/health').json)
+
     def test_unknown_paths_and_methods(self):
         for method, path, status in (
             ('GET', '/', 404),
@@ -396,6 +417,23 @@ class OneServer(unittest.TestCase):
             self.assertEqual('new', self.server.get(ipv6))
             self.assertEqual('slow', slow.result())
         lab.wait_until(lambda: len(os.listdir(self.host.path('/run/faasd/instances'))) == 1, 10, 'the old one to end')
+
+    def test_clients_that_say_nothing_do_not_hold_a_function(self):
+
+
+        ipv6 = self.deploy('patient', serving.example('fibonacci')).json['ipv6']
+        half = (
+            'import socket, sys, time\n'
+            'held = [socket.create_connection((sys.argv[1], 80)) for _ in range(60)]\n'
+            'for each in held: each.sendall(b"GET /?n=5 HT")\n'
+            'print("held", flush=True)\n'
+            'time.sleep(100)\n'
+        )
+        with self.host.popen(['/usr/bin/python3', '-c', half, ipv6], stdout=subprocess.PIPE) as process:
+            self.addCleanup(process.kill)
+            self.assertEqual(b'held\n', process.stdout.readline())
+            self.assertIn('0, 1, 1', self.server.get(ipv6, '/?n=5', timeout_s=runtime.HEAD_S + 10))
+            process.kill()
 
     def test_an_instance_that_dies_is_said_to_crash_and_is_replaced(self):
         ipv6 = self.deploy('mortal', {'handler.py': CRASHING}).json['ipv6']
@@ -554,12 +592,26 @@ class OneServer(unittest.TestCase):
         public_key = key()
         self.server.api('POST', '/api/vpn/create', {'name': 'stays', 'public_key': public_key})
         self.addCleanup(self.server.api, 'DELETE', '/api/vpn/remove/stays')
+        self.server.lines.clear()
         self.host.run(['ip', 'link', 'delete', 'wg0'])
         lab.wait_until(lambda: self.server.printed('wg0 is gone'), 5, 'the event')
         lab.wait_until(lambda: self.server.printed('[wg0] is well again'), 10, 'wg0')
         self.assertEqual('back', self.server.get(ipv6))
         self.assertIn(public_key, self.host.run(['wg', 'show', 'wg0', 'peers']).stdout)
         self.assertEqual([], self.server.api('GET', '/api/health').json['problems'])
+
+    def test_a_gateway_taken_away_is_told_and_made_good(self):
+        ipv6 = self.deploy('gateway', serving.saying('here')).json['ipv6']
+        for harm in (
+            ['ip', '-6', 'address', 'del', 'fd00:faa5:0:100::1/64', 'dev', 'wg0'],
+            ['ip', 'link', 'set', 'wg0', 'down'],
+        ):
+            self.server.lines.clear()
+            self.host.run(harm)
+            lab.wait_until(lambda: self.server.printed('[wg0] is well again'), 10, 'wg0')
+            self.assertEqual('here', self.server.get(ipv6))
+            lab.wait_until(lambda: not self.server.api('GET', '/api/health').json['problems'], 5, 'health')
+            self.assertEqual(1, sum('[wg0] wg0 ' in line for line in self.server.lines))
 
     def test_an_address_taken_away_comes_back(self):
         ipv6 = self.deploy('moved', serving.saying('here')).json['ipv6']
@@ -686,6 +738,58 @@ class LivesOfAServer(unittest.TestCase):
         self.assertIn('fd00:faa5:0:100::1', self.host.run(['ip', 'address', 'show', 'wg0']).stdout)
         self.assertNotIn('fd00:faa5:1:', self.host.run(['ip', 'address', 'show', 'wg0']).stdout)
         self.host.run(['ip', 'link', 'delete', 'wg0'])
+
+    def test_a_peer_that_somebody_gave_to_wg0_is_not_cut_off(self):
+        self.host.run(['/usr/bin/python3', 'faasd.py'], ok=(1,))
+        theirs = key()
+        with open(self.host.path('/etc/wireguard/wg0.conf'), 'a') as file:
+            file.write(f'[Peer]\nPublicKey = {theirs}\nAllowedIPs = fd00:faa5:0:100::77/128\n')
+        self.host.run(['wg-quick', 'up', 'wg0'])
+        refused = self.host.run(['/usr/bin/python3', 'faasd.py'], ok=(1,)).stderr
+        self.assertIn(f'wg0 has a peer that faasd does not know: {theirs} (give it a file in', refused)
+        self.assertIn(theirs, self.host.run(['wg', 'show', 'wg0', 'peers']).stdout)
+        self.host.path('/etc/wireguard/peers/theirs.conf').write_text(
+            f'[Peer]\nPublicKey = {theirs}\nAllowedIPs = fd00:faa5:0:100::77/128\n'
+        )
+        server = serving.Server(self.host).start()
+        self.assertIn(theirs, self.host.run(['wg', 'show', 'wg0', 'peers']).stdout)
+        self.assertEqual(0, server.stop())
+        self.host.run(['wg', 'set', 'wg0', 'listen-port', '51999'])
+        refused = self.host.run(['/usr/bin/python3', 'faasd.py'], ok=(1,)).stderr
+        self.assertRegex(refused, 'listens on UDP port 51999, not on 51820 .set FAAS_WG_PORT')
+        self.host.run(['ip', 'link', 'delete', 'wg0'])
+
+    def test_a_strict_umask_of_roots_is_no_trouble(self):
+        with serving.standalone(self.host, umask=0o077) as server:
+            self.assertEqual('x', server.get(server.deploy('strict', serving.saying('x')).json['ipv6']))
+
+    def test_stop_in_the_middle_of_a_deploy_leaves_nothing(self):
+        server = serving.Server(self.host, '--standalone').start()
+        server.deploy('old', serving.saying('old'))
+        slow = 'import time\ntime.sleep(20)\n'
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            running = [threads.submit(server.deploy, name, {'handler.py': slow}) for name in ('old', 'new')]
+            lab.wait_until(lambda: server.printed('for new'), 10, 'the listener')
+            lab.wait_until(lambda: len(os.listdir(self.host.path('/run/faasd/instances'))) == 3, 10, 'both instances')
+            started = time.monotonic()
+            self.assertEqual(0, server.stop())
+            self.assertLess(time.monotonic() - started, 18)
+            for each in running:
+                with contextlib.suppress(ConnectionError, http.client.HTTPException):
+                    self.assertIn(each.result().status, (422, 503))
+        self.assertFalse(server.printed('Traceback'), ''.join(server.lines))
+        self.assertEqual(['faasd.lock'], os.listdir(self.host.path('/run/faasd')))
+
+    def test_coredns_that_cannot_start_says_why(self):
+        taken = 'import socket, time\ns = socket.create_server(("::", 53), family=socket.AF_INET6)\ntime.sleep(60)'
+        with self.host.popen(['/usr/bin/python3', '-c', taken]) as other:
+            self.addCleanup(other.kill)
+            lab.wait_until(lambda: ':53 ' in self.host.run(['ss', '-Htln']).stdout, 5, 'the other server')
+            with serving.standalone(self.host) as server:
+                self.assertFalse(server.printed('CoreDNS answers'))
+                lab.wait_until(lambda: server.printed('address already in use'), 10, 'the reason')
+                self.assertEqual('degraded', server.api('GET', '/api/health').json['status'])
+            other.kill()
 
     def test_it_refuses_a_second_one_and_does_not_run_without_root(self):
         with serving.standalone(self.host):

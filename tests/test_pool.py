@@ -11,8 +11,8 @@ import time
 import unittest
 from unittest import mock
 
-import faasd
 from handlers import container, pool, protocol
+from handlers.loop import Loop
 from tests import inside, lab
 
 # Says its name. A request of "slow" waits until the file `go` is there, "half" answers a part and then waits, "die"
@@ -92,7 +92,7 @@ class Function:
         self.events, self.stack = [], stack
         self.folder = pathlib.Path(f'/var/lib/functions/{os.urandom(4).hex()}')
         self.folder.mkdir(parents=True)
-        self.loop = faasd.Loop()
+        self.loop = Loop()
         stack.callback(self.loop.stop)
         workers = stack.enter_context(concurrent.futures.ThreadPoolExecutor(4))
         containers = stack.enter_context(inside.containers())
@@ -285,7 +285,7 @@ class Deaths(inside.InHost):
         moments = [moment for moment, _ in function.events]
         waits = [after - before for before, after in itertools.pairwise(moments)]
         for number, wait_s in enumerate(waits, 1):
-            self.assertGreater(wait_s, 0.05 * 2**number)
+            self.assertGreater(wait_s, 0.05 * 2 ** (number - 1))
         status, reason = function.pool.status()
         self.assertEqual('crashing', status)
         self.assertIn('SIGKILL', reason)
@@ -308,6 +308,30 @@ class Deaths(inside.InHost):
         lab.wait_until(lambda: function.events, 5, 'its end')
         self.assertIn('closed its channel', function.events[0][1])
 
+    @inside.inside
+    def test_one_that_is_on_its_way_gives_way_to_a_new_revision(self):
+        function = Function(self.stack)
+        with mock.patch.object(pool, 'FIRST_DELAY_S', 0.01):
+            function.deploy(1)
+            slow = 'import time\ntime.sleep(3)\n'
+            pathlib.Path(function.pool.folder, 'handler.py').write_text(slow + SOURCE % 'late')
+            function.ask(b'die')
+            client = function.connect()
+            lab.wait_until(lambda: function.pool._starting, 5, 'the next')
+            function.deploy(2)
+        self.assertEqual(b'revision 2', inside.read_all(client))
+        lab.wait_until(lambda: len(function.pool._instances) == 1, 10, 'the late one to go')
+        self.assertEqual('revision 2', function.ask())
+
+    @inside.inside
+    def test_a_thousand_deaths_do_not_end_the_trying(self):
+        function = Function(self.stack)
+        function.deploy(1)
+        function.pool._failures = 5000
+        with mock.patch.object(pool, 'LAST_DELAY_S', 0.2):
+            function.ask(b'die')
+            self.assertEqual('revision 1', function.ask())
+
 
 class Starting(inside.InHost):
     @inside.inside
@@ -318,6 +342,7 @@ class Starting(inside.InHost):
             (
                 (REFUSES, 'RuntimeError: no licence', ['one', 'Traceback']),
                 (DIES, 'ended with exit code 7', []),
+                (DIES.replace('7', '200'), 'ended with exit code 200', []),
                 ('import time\ntime.sleep(60)\n', r'not ready within 1.5 s \(FAAS_START_TIMEOUT\)', []),
             ),
             2,
@@ -329,6 +354,23 @@ class Starting(inside.InHost):
                 self.assertEqual('revision 1', function.ask())
         self.assertEqual(('running', None), function.pool.status())
         self.assertEqual([], function.events)
+
+    @inside.inside
+    def test_without_descriptors_it_fails_and_can_be_tried_again(self):
+        function = Function(self.stack)
+        revision = function.revision(1)
+        none_left = mock.patch.object(protocol, 'pair', side_effect=OSError(24, 'Too many open files'))
+        with none_left, self.assertRaisesRegex(pool.StartFailed, 'Too many open files'):
+            function.pool.start(*revision)
+        function.pool.switch(function.pool.start(*revision))
+        self.assertEqual('revision 1', function.ask())
+
+    @inside.inside
+    def test_in_a_closed_pool_nothing_starts(self):
+        function = Function(self.stack)
+        function.pool.close(5).result(5)
+        with self.assertRaisesRegex(pool.StartFailed, 'shut down'):
+            function.pool.start(*function.revision(1))
 
     @inside.inside
     def test_one_that_was_not_wanted_after_all_is_gone(self):

@@ -57,11 +57,6 @@ class Run(InFolder):
     def test_output_that_is_no_utf_8_is_no_error(self):
         self.assertEqual('a\ufffdb', shell.run(['printf', r'a\377b']).stdout)
 
-    def test_each_argv_is_logged_before_it_runs_and_what_is_fed_is_not(self):
-        with self.assertLogs('faasd.shell', 'DEBUG') as logged:
-            shell.run(['cat', '-'], input='secret')
-        self.assertEqual(['DEBUG:faasd.shell:+ cat -'], logged.output)
-
 
 class Start(InFolder):
     def test_it_has_a_session_of_its_own_and_its_output_can_be_read(self):
