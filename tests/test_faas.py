@@ -73,7 +73,7 @@ class Case(unittest.TestCase):
         self.enterContext(mock.patch.object(faas, 'RUN_FOLDER', f'{self.home}/run'))
         self.enterContext(mock.patch.object(faas, 'SOCKET', f'{self.home}/faasd.sock'))
         self.enterContext(mock.patch.object(faas, 'address_towards', return_value=None))
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in faas.SIGNALS:
             self.addCleanup(signal.signal, number, signal.getsignal(number))
 
     def enterContext(self, manager):            # unittest has it from 3.11 on
@@ -582,17 +582,21 @@ PersistentKeepalive = 25
         self.assertNotIn(KEYS[0], err)
 
     def test_create_that_cannot_be_written_takes_the_peer_back(self):
-        server = self.serve((200, {'ipv6': 'fd00:faa5:0:100::b', 'server_public_key': KEYS[2], 'endpoint': 'h'}))
-        full = mock.Mock(encoding='utf-8', **{'write.side_effect': OSError(28, 'No space left on device'),
-                                              'fileno.return_value': 1, 'isatty.return_value': False})
-        with mock.patch.object(faas, 'new_keys', return_value=(KEYS[0], KEYS[1])), \
-                mock.patch.object(faas, 'need_programs'), mock.patch.object(sys, 'stdout', full):
-            args = mock.Mock()
+        made = (200, {'ipv6': 'fd00:faa5:0:100::b', 'server_public_key': KEYS[2], 'endpoint': 'h'})
+        for answer, error, raised in ((made, OSError(28, 'No space left on device'), faas.Failure),
+                                      (made, BrokenPipeError(32, 'Broken pipe'), BrokenPipeError),
+                                      (made, faas.Stopped(signal.SIGTERM), faas.Stopped),
+                                      ((200, {'ipv6': '::1'}), None, faas.Failure)):
+            server = self.serve(answer)
+            args, stdout = mock.Mock(), mock.Mock(**{'write.side_effect': error, 'fileno.return_value': 1})
             args.name = 'phone'
-            failure = self.failure(faas.cmd_vpn_create, args, None)
-        self.assertIn('No space left', failure.message)
-        self.assertEqual([seen[:2] for seen in server.seen],
-                         [('POST', '/api/vpn/create'), ('DELETE', '/api/vpn/remove/phone')])
+            with mock.patch.object(faas, 'new_keys', return_value=(KEYS[0], KEYS[1])), \
+                    mock.patch.object(faas, 'need_programs'), mock.patch.object(sys, 'stdout', stdout), \
+                    self.assertRaises(raised) as caught:
+                faas.cmd_vpn_create(args, None)
+            self.assertRegex(str(caught.exception), 'No space left|Broken pipe|^$|no .server_public_key')
+            self.assertEqual([seen[:2] for seen in server.seen],
+                             [('POST', '/api/vpn/create'), ('DELETE', '/api/vpn/remove/phone')])
 
     def test_remove_of_another_machines_peer_asks_the_server(self):
         server = self.serve((200, b''))
@@ -807,6 +811,16 @@ class TestMain(Case):
                 err = self.fails('--help', code=code, says=says)
                 self.assertLessEqual(len(err.splitlines()), 2)
 
+    def test_an_interrupt_stays_one_when_sudo_may_not_be_killed(self):
+        def interrupted(*_, **__):
+            try:
+                raise faas.Stopped(signal.SIGTERM)
+            except KeyboardInterrupt:
+                os.stat('/nonexistent')         # subprocess.run kills its child here, and may not
+
+        with mock.patch.object(faas.subprocess, 'run', interrupted), self.assertRaises(faas.Stopped):
+            faas.run(['true'])
+
     def test_undo_runs_on_every_way_out_and_signals_wait_for_it(self):
         for error in (KeyboardInterrupt, faas.Failure('x'), None):
             seen = []
@@ -864,11 +878,36 @@ class TestProcess(unittest.TestCase):
         self.assertEqual(self.run_it('--help').stdout.splitlines()[0], 'usage: faas VERB [ARGUMENTS]')
 
     def test_closed_streams_and_a_reader_that_goes(self):
-        for words in ('--help', 'list', 'vpn status'):
-            for redirect in ('>&-', '2>&-', '<&-', '>&- 2>&- <&-', '>/dev/full', '| true'):
-                done = subprocess.run(['sh', '-c', f'{sys.executable} {FAAS} {words} {redirect}'], capture_output=True,
-                                      text=True, timeout=30, env={**os.environ, 'FAAS_SOCKET': '/nonexistent/s'})
-                self.assertNotRegex(done.stderr, 'Traceback|Exception', f'{words} {redirect}')
+        for unbuffered in ('', '1'):
+            environment = {**os.environ, 'HOME': '/nonexistent', 'FAAS_SOCKET': '/nonexistent/s',
+                           'PYTHONUNBUFFERED': unbuffered}
+            for words, code in (('--help', 0), ('list', 1), ('vpn status', 3)):
+                for redirect in ('>&-', '2>&-', '<&-', '>&- 2>&- <&-', '>/dev/full', '2>/dev/full', '| true'):
+                    done = subprocess.run(['sh', '-c', f'{sys.executable} {FAAS} {words} {redirect}'],
+                                          capture_output=True, text=True, timeout=30, env=environment)
+                    about = f'{words} {redirect}: {done.stderr}'
+                    self.assertNotRegex(done.stderr, 'Traceback|Exception', about)
+                    if redirect == '>/dev/full' and code != 1:
+                        self.assertEqual(done.returncode, 1, about)
+                        self.assertRegex(done.stderr, r'\Aerror: stdout cannot be written: No space .*\nhint: .*\n\Z')
+                    elif redirect != '| true':
+                        self.assertEqual(done.returncode, code, about)
+                    elif code != 1:
+                        self.assertEqual(done.stderr, '', about)
+
+    def test_an_interrupt_is_one_line_however_often_it_comes(self):
+        with socket.socket(socket.AF_UNIX) as server, tempfile.TemporaryDirectory() as folder:
+            server.bind(f'{folder}/s')
+            server.listen()
+            for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
+                process = subprocess.Popen([sys.executable, FAAS, 'list'], stderr=subprocess.PIPE, text=True,
+                                           env={**os.environ, 'FAAS_SOCKET': f'{folder}/s'})
+                with server.accept()[0]:
+                    for _ in range(50):
+                        process.send_signal(number)
+                    err = process.communicate(timeout=30)[1]
+                self.assertEqual(process.returncode, code, err)
+                self.assertRegex(err, r'\Aerror: \w+.*\n\Z')
 
     def test_other_locales(self):
         done = self.run_it('vpn', 'connect', '--help', encoding='latin-1')
