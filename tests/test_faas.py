@@ -132,7 +132,8 @@ class TestWords(Case):
                              '192.0.2.1': ('192.0.2.1', 51820), '[2001:db8::1]:7': ('2001:db8::1', 7),
                              '[2001:db8::1]': ('2001:db8::1', 51820), '2001:db8::1': ('2001:db8::1', 51820)}.items():
             self.assertEqual(faas.split_endpoint(text), result)
-        for bad in ('', 'a b', 'h:0', 'h:65536', 'h:x', '[zz]:1', 'a:b:c', 'h\nPostUp = x', '[2001:db8::1', 'h/x'):
+        for bad in ('', 'a b', 'h:0', 'h:65536', 'h:x', '[zz]:1', 'a:b:c', 'h\nPostUp = x', '[2001:db8::1', 'h/x',
+                    'fe80::1%eth0', '::1%\nPostUp = x', '[fe80::1%eth0]:1'):
             with self.assertRaises(ValueError, msg=bad):
                 faas.split_endpoint(bad)
         self.assertEqual(faas.join_endpoint('2001:db8::1', 51820), '[2001:db8::1]:51820')
@@ -234,6 +235,7 @@ class TestInvite(Case):
     def test_a_bad_token_is_told_as_what_it_is(self):
         good = token()
         for bad, says in ((good[:-1], 'cut off'), (good[:40], 'cut off'), (good[:-1] + 'zz', 'damaged'),
+                          ('faas1_\udcff.12345678', 'damaged'),
                           (good.replace('e', 'f', 3), 'damaged'), ('faas2_x.12345678', 'no invite'), ('', 'no invite')):
             self.assertIn(says, self.failure(faas.Invite, bad).message)
         for changes in ({'i': 7}, {'i': 'XYZ'}, {'s': 'AAAA'}, {'s': '!'}, {'a': 'h:x'}, {'a': None}, {'e': 'a b'},
@@ -299,8 +301,10 @@ class TestStore(Case):
         self.store.make_folder()
         broken = ['', '{', '[]', 'null', '7', '\xff', '[' * 5000, '{}', '"x"', ' ' * 70000]
         for field in faas.Store.FIELDS[1:]:
-            broken += [json.dumps({**CONFIG, field: value}) for value in (None, 7, 'x y', 'a\nPostUp = id')]
-        broken += [json.dumps({**CONFIG, 'client_ipv6': address}) for address in (faas.GATEWAY, '::1', '1.2.3.4')]
+            broken += [json.dumps({**CONFIG, field: value}) for value in
+                       (None, 7, 'x y', 'a\nPostUp = id', '::1%\nPostUp = id', '::1%\nPostUp = id/64')]
+        broken += [json.dumps({**CONFIG, 'client_ipv6': address}) for address in
+                   (faas.GATEWAY, '::1', '1.2.3.4', f'{faas.GATEWAY}%x', f'{faas.GATEWAY}a%x')]
         broken += [json.dumps({**CONFIG, 'peer': '../x'}), json.dumps({**CONFIG, 'server_endpoint': '[::1'})]
         for content in broken:
             self.path.write_bytes(content.encode('latin-1'))
@@ -474,7 +478,8 @@ class TestApi(ApiCase):
         self.assertEqual([seen[:2] for seen in server.seen],
                          [('GET', '/api/ip/fibonacci'), ('DELETE', '/api/remove/fibonacci'),
                           ('GET', '/api/logs/fibonacci?lines=7')])
-        self.fails('logs', 'fibonacci', '-n', '0', code=2, says='no number of lines')
+        for bad in ('0', '-1', '1000000', 'x'):         # the server takes six digits
+            self.fails('logs', 'fibonacci', '-n', bad, code=2)
 
     def test_new_sends_the_folder_and_says_what_the_document_says(self):
         server = self.serve((200, {'name': 'fibonacci', 'ipv6': 'fd00:faa5:1:0::a', 'dns': 'fibonacci.faas',
@@ -598,6 +603,14 @@ PersistentKeepalive = 25
             self.assertEqual([seen[:2] for seen in server.seen],
                              [('POST', '/api/vpn/create'), ('DELETE', '/api/vpn/remove/phone')])
 
+    def test_a_server_cannot_put_lines_into_the_configuration(self):
+        good = {'ipv6': 'fd00:faa5:0:100::b', 'server_public_key': KEYS[2], 'endpoint': 'h'}
+        for change in ({'ipv6': 'fd00:faa5:0:100::b%\nPostUp = x'}, {'endpoint': 'fe80::1%\nPostUp = x'}):
+            self.serve((200, {**good, **change}))
+            with mock.patch.object(faas, 'new_keys', return_value=(KEYS[0], KEYS[1])), \
+                    mock.patch.object(faas, 'need_programs'):
+                self.fails('vpn', 'create', 'phone', says='cannot be used')
+
     def test_remove_of_another_machines_peer_asks_the_server(self):
         server = self.serve((200, b''))
         self.assertEqual(self.faas('vpn', 'remove', 'phone'), (0, 'Removed VPN peer: phone\n', ''))
@@ -646,6 +659,7 @@ class TestRegistration(ApiCase):
                 (lambda h, b: self.answer(h, b, ipv6='::1'), 'cannot be used'),
                 (lambda h, b: self.answer(h, b, ipv6='fd00:faa5:0:100::1'), 'cannot be used'),
                 (lambda h, b: self.answer(h, b, ipv6='fd00:faa5:0:100::a\nPostUp = x'), 'cannot be used'),
+                (lambda h, b: self.answer(h, b, ipv6='fd00:faa5:0:100::a%\nPostUp = x'), 'cannot be used'),
                 (lambda h, b: self.answer(h, b, peer='..%2Fx'), 'cannot be used'),
                 (lambda h, b: self.answer(h, b, ipv6=7), "no 'ipv6'")):
             self.assertIn(says, self.failure(self.redeem, answer).message)
@@ -789,6 +803,7 @@ class TestFolder(Case):
             os.unlink('fib/handler.py')
             self.fails('new', 'fib', says='has no handler.py')
             self.fails('new', 'fib', 'lib/faas', says='no folder')
+            self.assertEqual(self.fails('new', 'fib', 'a\n\x1bb').splitlines()[0], 'error: there is no folder a ?b')
             pathlib.Path('image.tar').write_bytes(b'')
             self.fails('new', 'fib', 'image.tar', says='images are not supported yet')
 
@@ -1373,6 +1388,7 @@ Saved VPN Configurations:
         done = self.faas('vpn', 'connect', ok=(1,))
         self.assertIn('no WireGuard handshake', done.stderr)
         self.assertIn('was this machine removed', done.stderr)
+        self.assertIn('vpn remove default --local', done.stderr)
         self.assert_as_before()
         done = self.faas('vpn', 'remove', ok=(1,))
         self.assertIn('nothing is deleted', done.stderr)
