@@ -684,18 +684,58 @@ class TestRegistration(ApiCase):
         self.assertIn('Connection refused', failure.message)
         self.assertIn('only while an invite is open', failure.hint)
 
-    def test_an_open_server_gives_the_next_free_name(self):
-        def taken(handler, body):
-            name = json.loads(body)['name']
-            if name in ('laptop', 'laptop-2'):
-                return handler.send(409, {'error': f'the name {name} is taken'})
+    def open_server(self, taken_names, taken_keys=()):
+        """Where one listens that takes everybody, but for these names and keys; its errors are those of registry.py."""
+        def answer(handler, body):
+            wanted = json.loads(body)
+            if taken_names is True or wanted['name'] in taken_names:
+                return handler.send(409, {'error': f"a peer or an open invite '{wanted['name']}' exists already",
+                                          'hint': 'choose another name'})
+            if wanted['public_key'] in taken_keys:
+                return handler.send(409, {'error': 'another peer has this public key', 'hint': None})
             handler.send(200, {'ipv6': 'fd00:faa5:0:100::a', 'server_public_key': KEYS[2], 'endpoint': 'h:7'},
-                         Faas_Peer=name)
+                         Faas_Peer=wanted['name'])
 
-        server = self.serve(taken, tcp=True)
-        where = ('127.0.0.1', server.server_address[1])
+        server = self.serve(answer, tcp=True)
+        self.seen = server.seen
+        return '127.0.0.1', server.server_address[1]
+
+    def test_an_open_server_gives_the_next_free_name(self):
+        where = self.open_server(('laptop', 'laptop-2'))
         self.assertEqual(faas.register_openly(where, 'laptop', KEYS[1], False)['peer'], 'laptop-3')
-        self.assertIn('is taken', self.failure(faas.register_openly, where, 'laptop', KEYS[1], True).message)
+        del self.seen[:]
+        self.assertIn('exists already', self.failure(faas.register_openly, where, 'laptop', KEYS[1], True).message)
+        self.assertEqual(len(self.seen), 1)
+
+    def test_the_servers_words_for_what_is_taken_are_these(self):
+        words = (REPO / 'registry.py').read_text()
+        self.assertIn("a peer or an open invite '{name}' exists already", words)
+        self.assertIn("KeyTaken('another peer has this public key')", words)
+
+    def test_tries_for_a_name_end(self):
+        where = self.open_server(taken_names=True)
+        self.assertIn("'x-20' exists already", self.failure(faas.register_openly, where, 'x', KEYS[1], False).message)
+        self.assertEqual(len(self.seen), 20)
+        names = {json.loads(body)['name'] for _, _, _, body in self.seen}
+        self.assertEqual(len(names), 20)
+        del self.seen[:]
+        self.failure(faas.register_openly, where, 'x' * 63, KEYS[1], False)
+        self.assertTrue(all(faas.is_label(json.loads(body)['name']) for _, _, _, body in self.seen))
+
+    def test_a_key_that_is_taken_is_not_tried_under_other_names_and_not_again(self):
+        where = self.open_server(('laptop',), (KEYS[1],))        # an earlier answer was lost
+        store = faas.Store()
+        store.make_folder()
+        with mock.patch.object(faas, 'host_label', return_value='laptop'), \
+                mock.patch.object(faas, 'new_keys', side_effect=[(KEYS[0], KEYS[1]), (KEYS[0], KEYS[2])]), \
+                mock.patch.object(faas, 'build', return_value=(None, [])):
+            failure = self.failure(faas.connect_first, faas.Silent(), store, 'default', False, None, where)
+            self.assertEqual((failure.message, failure.hint), ('another peer has this public key',
+                                                               'run the same command again: it makes a new key'))
+            self.assertEqual([json.loads(body)['name'] for _, _, _, body in self.seen], ['laptop', 'laptop-2'])
+            self.assertEqual(os.listdir(store.folder), [])
+            self.assertEqual(faas.connect_first(faas.Silent(), store, 'default', False, None, where), 0)
+        self.assertEqual(store.load('default')['peer'], 'laptop-2')
 
 
 class TestConnectRefusals(Case):
