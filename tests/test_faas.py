@@ -336,8 +336,16 @@ class TestStore(Case):
             self.assertEqual(self.store.keys_for('default', 'two'), (KEYS[0], KEYS[1]))
 
     def test_two_commands_at_once_do_not_mix(self):
-        with self.store.lock():
-            self.fails('vpn', 'remove', '--local', says='another faas vpn command')
+        with self.store.lock(), mock.patch.object(faas, 'LOCK_WAIT_S', 0.2):
+            self.assertEqual(self.faas('vpn', 'remove', '--local'), (
+                1, '', 'Waiting for another faas vpn command to end …\n'
+                'error: another faas vpn command is still running after 0.2 s\n'
+                'hint: wait until it has ended, then try again; to see who it is: '
+                f'sudo fuser -v {self.store.folder}/.lock\n'))
+        with contextlib.ExitStack() as held:
+            held.enter_context(self.store.lock())
+            threading.Timer(0.2, held.close).start()
+            self.assertIn('no saved config', self.faas('vpn', 'remove', '--local')[2])
         self.fails('vpn', 'remove', '--local', says='no saved config')
 
     def test_unreadable_files_are_one_line(self):
@@ -745,8 +753,9 @@ class TestConnectRefusals(Case):
         super().setUp()
         for name in ('is_this_the_server', 'interface_exists'):
             setattr(self, name, self.enterContext(mock.patch.object(faas, name, return_value=False)))
-        for name in ('need_programs', 'need_root', 'need_ipv6'):
+        for name in ('need_programs', 'need_root', 'need_ipv6', 'tunnel_lock'):
             self.enterContext(mock.patch.object(faas, name))
+        faas.tunnel_lock.side_effect = contextlib.nullcontext
         self.record = self.enterContext(mock.patch.object(faas, 'read_record', return_value=None))
 
     def test_no_config_and_no_invite(self):
@@ -791,6 +800,34 @@ class TestConnectRefusals(Case):
         with mock.patch.object(faas, 'new_keys', return_value=(KEYS[0], KEYS[1])):
             self.fails('vpn', 'connect', '--invite', token(a='127.0.0.1:1'), says='cannot be reached')
         self.assertEqual(sorted(os.listdir(faas.Store().folder)), ['.lock', 'default.pending'])
+
+
+@lab.needs_root
+class TestTunnelLock(Case):
+    def setUp(self):
+        super().setUp()
+        self.folder = pathlib.Path(faas.RUN_FOLDER)
+        self.folder.mkdir(0o755)
+        self.lock = self.folder / 'lock'
+        self.lock.touch(0o644)
+
+    def test_one_at_a_time_and_no_descriptor_stays(self):
+        before = os.listdir('/proc/self/fd')
+        for _ in range(2):
+            with faas.tunnel_lock(), mock.patch.object(faas, 'LOCK_WAIT_S', 0):
+                self.assertIn('still running', self.failure(faas.tunnel_lock().__enter__).message)
+        self.assertEqual(os.listdir('/proc/self/fd'), before)
+
+    def test_what_somebody_else_put_there_is_not_used(self):
+        for change in (lambda: self.folder.chmod(0o777), lambda: self.folder.chmod(0o775),
+                       lambda: (self.folder.chmod(0o755), os.chown(self.folder, 4711, 0)),
+                       lambda: (self.folder.rename(f'{self.home}/x'), self.folder.symlink_to(f'{self.home}/x'))):
+            change()
+            self.assertIn('not a folder that root alone', self.failure(faas.tunnel_lock).message)
+        self.folder.unlink()
+        self.folder.mkdir(0o755)
+        self.lock.symlink_to('/etc/passwd')
+        self.assertRaises(OSError, faas.tunnel_lock)
 
 
 class TestFolder(Case):
@@ -977,9 +1014,9 @@ class TestProcess(unittest.TestCase):
 # The server's side of the tunnel for the tests below: real WireGuard, and just enough of an API and a DNS server for
 # the client's own steps. The whole story, with the real faasd, is told by test_story.py.
 STAND_IN = r'''
-import http.server, json, socket, subprocess, threading
+import http.server, itertools, json, socket, subprocess, threading
 GATEWAY, ENDPOINT = 'fd00:faa5:0:100::1', '203.0.113.10'
-PEERS = {}
+PEERS, HOSTS = {}, itertools.count(10)
 
 def do(*argv, stdin=None):
     return subprocess.run(argv, input=stdin, check=True, capture_output=True, text=True).stdout.strip()
@@ -1011,7 +1048,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         wanted = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-        address = 'fd00:faa5:0:100::%x' % (10 + len(PEERS))
+        address = 'fd00:faa5:0:100::%x' % next(HOSTS)
         PEERS[wanted['name']] = wanted['public_key']
         do('wg', 'set', 'wg0', 'peer', wanted['public_key'], 'allowed-ips', address + '/128')
         self.send({'ipv6': address, 'server_public_key': public, 'endpoint': ENDPOINT}, Faas_Peer=wanted['name'])
@@ -1208,8 +1245,8 @@ Saved VPN Configurations:
         modes = self.laptop.run(['sh', '-c', 'cd; stat -c "%a %n" .config/faas .config/faas/vpn '
                                  '.config/faas/vpn/*.json /run/faas /run/faas/*']).stdout.splitlines()
         self.assertEqual(modes, ['700 .config/faas', '700 .config/faas/vpn', '600 .config/faas/vpn/default.json',
-                                 '755 /run/faas', '600 /run/faas/resolv.conf.before', '600 /run/faas/resolv.conf.ours',
-                                 '644 /run/faas/wg-faas.json'])
+                                 '755 /run/faas', '644 /run/faas/lock', '600 /run/faas/resolv.conf.before',
+                                 '600 /run/faas/resolv.conf.ours', '644 /run/faas/wg-faas.json'])
         config = json.loads(self.laptop.path('/root/.config/faas/vpn/default.json').read_text())
         self.assertNotIn(config['private_key'], self.laptop.path('/run/faas/wg-faas.json').read_text())
         peer = self.laptop.run(['wg', 'show', 'wg-faas', 'dump']).stdout.splitlines()[1].split('\t')
@@ -1382,18 +1419,72 @@ Saved VPN Configurations:
             'dnssec wg-faas no', 'dnsovertls wg-faas no', 'revert wg-faas'])
         self.assert_as_before()
 
-    def test_a_person_with_sudo_owns_the_config_and_root_the_rest(self):
-        """A setuid perl stands in for sudo, which may not be installed; a plain user and `sudo faas` both."""
+    def ann(self):
+        """(command, environment) of faas for a plain user; a setuid perl stands in for sudo, which may be missing."""
         self.laptop.run(['sh', '-c', r"""
-            mkdir -p /opt/sudo /home/ann; chown 4711:4711 /home/ann
-            echo 'ann:x:4711:4711::/home/ann:/bin/sh' >>/etc/passwd
-            cp /usr/bin/perl /opt/sudo/p && chmod 4755 /opt/sudo/p
+            rm -rf /home/ann; mkdir -p /opt/sudo /home/ann; chown 4711:4711 /home/ann
+            grep -q ^ann: /etc/passwd || echo 'ann:x:4711:4711::/home/ann:/bin/sh' >>/etc/passwd
+            cp -f /usr/bin/perl /opt/sudo/p && chmod 4755 /opt/sudo/p
             printf '%s\n' '#!/bin/sh' 'echo "$@" >>/tmp/sudone' \
                 "exec /opt/sudo/p -Ue '\$< = \$> = 0; exec @ARGV' -- \"\$@\"" >/opt/sudo/sudo
-            chmod 755 /opt/sudo/sudo; touch /tmp/sudone; chmod 666 /tmp/sudone"""])
+            chmod 755 /opt/sudo/sudo; : >/tmp/sudone; chmod 666 /tmp/sudone"""])
         self.laptop.path('/opt/sudo/faas').write_bytes(FAAS.read_bytes())
-        ann = ['setpriv', '--reuid=4711', '--regid=4711', '--clear-groups', '/usr/bin/python3', '-I', '/opt/sudo/faas']
-        env = {'HOME': '/home/ann', 'PATH': '/opt/sudo:/usr/sbin:/usr/bin:/sbin:/bin'}
+        command = ['setpriv', '--reuid=4711', '--regid=4711', '--clear-groups', '/usr/bin/python3', '-I',
+                   '/opt/sudo/faas']
+        return command, {'HOME': '/home/ann', 'PATH': '/opt/sudo:/usr/sbin:/usr/bin:/sbin:/bin'}
+
+    def at_once(self, *commands):
+        """Start all of (argv, environment) on the laptop together: [(exit code, stdout, stderr)]."""
+        def end(process):
+            out, err = process.communicate(timeout=90)
+            return process.returncode, out, err
+
+        return [end(process) for process in [
+            self.laptop.popen(argv, env=env, cwd='/', text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for argv, env in commands]]
+
+    def test_two_at_once_take_turns(self):
+        def mine(*words):
+            return [sys.executable, FAAS, *words], {}
+
+        def anns(*words):
+            return [*ann, *words], env
+
+        ann, env = self.ann()
+        self.laptop.run([*ann, 'vpn', 'connect', 'ann', '--server', '203.0.113.10'], env=env, cwd='/')
+        self.laptop.run([*ann, 'vpn', 'disconnect'], env=env, cwd='/')
+        for _ in range(3):
+            done = sorted(self.at_once(mine('vpn', 'connect'), anns('vpn', 'connect', 'ann')))
+            self.assertEqual([code for code, _, _ in done], [0, 1], done)
+            self.assertIn('connected already, with another config', done[1][2])
+            self.assertEqual(self.faas('vpn', 'status').returncode, 0)
+            done = sorted(self.at_once(mine('vpn', 'disconnect'), anns('vpn', 'disconnect')))
+            self.assertEqual([(code, out.splitlines()[0]) for code, out, _ in done],
+                             [(0, 'Disconnecting FaaS VPN...'), (0, 'Not connected: nothing to do.')], done)
+            self.assert_as_before()
+        for _ in range(3):                              # one person in two terminals
+            done = sorted(self.at_once(mine('vpn', 'connect'), mine('vpn', 'connect')))
+            self.assertEqual([(code, out.splitlines()[0]) for code, out, _ in done],
+                             [(0, 'Already connected: default'), (0, 'Found existing config: default')], done)
+            done = self.at_once(mine('vpn', 'disconnect'), mine('vpn', 'connect'))
+            self.assertEqual([code for code, _, _ in done], [0, 0], done)
+            if self.faas('vpn', 'status', ok=(0, 3)).returncode == 0:
+                self.faas('vpn', 'disconnect')
+            self.assert_as_before()
+
+    def test_one_who_waits_says_so(self):
+        self.faas('vpn', 'connect')
+        holder = self.laptop.popen(['flock', '/run/faas/lock', 'sh', '-c', 'echo held; exec sleep 1'],
+                                   stdout=subprocess.PIPE, text=True)
+        with holder:
+            self.assertEqual(holder.stdout.readline(), 'held\n')
+            done = self.faas('vpn', 'disconnect')
+        self.assertEqual((done.stdout.splitlines()[-1], done.stderr),
+                         ('Disconnected.', 'Waiting for another faas vpn command to end …\n'))
+        self.assert_as_before()
+
+    def test_a_person_with_sudo_owns_the_config_and_root_the_rest(self):
+        ann, env = self.ann()
 
         def owners():
             return self.laptop.run(['sh', '-c', 'find /home/ann/.config ! -user 4711']).stdout
