@@ -401,6 +401,16 @@ class TestResolvConf(Case):
                     self.assertFalse(faas.resolved_is_in_use())
 
 
+    def test_dns_that_could_not_be_put_back_is_not_forgotten(self):
+        tunnel = faas.Tunnel(faas.Silent(), 'default', 'default.json', CONFIG)
+        fails = mock.Mock(side_effect=faas.CommandError('no luck'))
+        for exists, left in ((True, 'resolved'), (False, None)):
+            with mock.patch.multiple(faas, resolved_is_in_use=lambda: True, write_record=mock.Mock(),
+                                     run_as_root=fails, interface_exists=lambda: exists):    # noqa: B023
+                self.assertIn('no luck', tunnel.set_dns())
+            self.assertEqual(tunnel.record['dns'], left)
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answers what the test put into server.answer: a function of the handler and the body."""
 
