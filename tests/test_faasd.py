@@ -130,7 +130,7 @@ class OneServer(unittest.TestCase):
     def setUpClass(cls):
         cls.pair = cls.enterClassContext(lab.pair())
         cls.host, cls.laptop = cls.pair
-        cls.server = cls.enterClassContext(serving.standalone(cls.host, FAAS_MAX_UPLOAD='1M', FAAS_START_TIMEOUT='3'))
+        cls.server = cls.enterClassContext(serving.standalone(cls.host, FAAS_MAX_UPLOAD='1M', FAAS_START_TIMEOUT='6'))
 
     def deploy(self, name, source):
         reply = self.server.deploy(name, source)
@@ -222,7 +222,7 @@ class OneServer(unittest.TestCase):
             (MISSING, "No module named 'left_pad'", 'import left_pad'),
             (NOTHING, 'BaseHTTPRequestHandler', '/control.sock'),
             ('import sys\nsys.exit("no licence")', 'no licence', 'no licence'),
-            ('import time\ntime.sleep(60)', 'not ready within 3 s', ''),
+            ('import time\ntime.sleep(60)', 'not ready within 6 s', ''),
         ):
             with self.subTest(expected):
                 reply = self.server.deploy('broken', {'handler.py': source})
