@@ -6,8 +6,8 @@ set -eu
 purpose=${1-}
 
 COREDNS_MODULE=v1.15.0                              # built where there is a Go
-# Else fetched ready-made, the last release whose digests are at hand from more than one side. They are those that packagers of this release pin (Arch Linux's coredns-bin; for
-# amd64 others agree); compare them with the .sha256 files beside the archives when you change the version.
+# Else fetched ready-made: the last release whose digests are at hand from somebody else, the packagers of Arch Linux's
+# coredns-bin (for amd64 others agree). Compare them with the .sha256 files beside the archives when you change it.
 COREDNS_RELEASE=1.14.6
 COREDNS_SHA256_amd64=4402578c8f7b95dac1d8258bfd13e7a9d30f70d7a53f396b02a6d6ca78d56152
 COREDNS_SHA256_arm64=a99987b82977a791e232fcb828133cb645130481cc36af6e06fbf938326d2c3e
