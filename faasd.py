@@ -281,6 +281,8 @@ class FaaSServer:
                 self._emit('listener', f'Cannot accept: {error.strerror}', problem=True)
                 self._gate(listener, False)
                 return self._loop.later(0.1, self._gate, listener, True)
+            # As another user's, it cannot join the listeners on port 80 by SO_REUSEPORT, should a function try.
+            os.fchown(connection.fileno(), container.NOBODY, -1)
             listener.pool.dispatch(connection)
 
 
@@ -389,7 +391,7 @@ class Faasd:
         self._claim_state()
         self.registry = registry.Registry(f'{STATE}/registry.db')
         undo(self.registry.close)
-        self.registry.abandon_all()
+        self.registry.abandon_stale()
         self.vpn = vpn_manager.VPNManager(
             self.emit,
             registry.GATEWAY,
@@ -627,7 +629,7 @@ class Faasd:
 
     def _close_functions(self):
         ends = [self._shut(function, self.settings['stop_timeout']) for function, _ in list(self._functions.values())]
-        concurrent.futures.wait(ends)
+        concurrent.futures.wait(ends, timeout=self.settings['stop_timeout'] + 30)
 
     def new(self, name, read, length):
         """Deploy the tar archive of `length` bytes that read(n) gives as `name`.
@@ -724,7 +726,7 @@ class Faasd:
         problems += [
             {'area': 'function', 'what': f'{item["name"]}: {item["reason"]}'}
             for item in listed
-            if item['status'] == 'crashing'
+            if item['reason']
         ]
         try:
             dns_manager.query(registry.GATEWAY, 'ns.faas')
@@ -856,7 +858,8 @@ class Faasd:
         os.chmod(path, 0o660)
         self._stack.callback(shell.remove_file, path)
         self._serve(sock, lambda address: Caller('local'), threads=16, timeout_s=60)
-        self._serve(bound(registry.GATEWAY, CONTROL_PORT), self._peer_at, threads=32, timeout_s=30, deadline_s=60)
+        tunnel = bound(registry.GATEWAY, CONTROL_PORT)
+        self._serve(tunnel, self._peer_at, threads=32, timeout_s=30, deadline_s=60, most_each=8)
         self._enroll, self._enroll_socket, self._enroll_lock = None, None, threading.RLock()
         self._stack.callback(self._close_enroll, for_good=True)
         with contextlib.suppress(OSError):  # the first invite will say it
@@ -897,7 +900,13 @@ class Faasd:
                         'end what listens there, or set FAAS_ENROLL_BIND to another address',
                     ) from error
                 self._enroll = ControlServer(
-                    sock, lambda address: Caller('newcomer'), threads=16, timeout_s=5, deadline_s=10, faasd=self
+                    sock,
+                    lambda address: Caller('newcomer'),
+                    faasd=self,
+                    threads=32,
+                    timeout_s=5,
+                    deadline_s=10,
+                    most_each=4,
                 )
                 self.emit('vpn', f'Invites can be redeemed at tcp {self.settings["enroll_bind"]}')
 
@@ -949,6 +958,8 @@ class Faasd:
                 if rules in changed or closely:
                     self._guard_step('rules', self._look_after_rules)
                 self._guard_step(self.vpn.interface, self._look_after_interface, links in changed or closely)
+                if closely:
+                    self._guard_step('registry', self.registry.abandon_stale)
                 self._guard_step('dns', self._look_after_children)
                 self._guard_step('enroll', self._adjust_enroll)
                 for name in ('peers', 'zone', 'addresses'):
@@ -1041,37 +1052,50 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """Serves the API on a bound socket (consumed), at most `threads` connections at a time; more wait in the backlog.
 
     `caller(address)` says who asks. A connection that sends nothing for timeout_s is closed, any one after deadline_s,
-    if given, unless it uploads.
+    if given, unless it uploads. One address has at most `most_each` of them, if given.
     """
 
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, sock, caller, *, faasd, threads, timeout_s, deadline_s=None):
+    def __init__(self, sock, caller, *, faasd, threads, timeout_s, deadline_s=None, most_each=None):
         super().__init__(None, ControlAPI, bind_and_activate=False)
         self.socket.close()
         self.socket, self.faasd, self.caller = sock, faasd, caller
         self.timeout_s, self.deadline_s = timeout_s, deadline_s
+        self._most_each, self._open_from, self._count = most_each, collections.Counter(), threading.Lock()
         self._free, self._closing = threading.BoundedSemaphore(threads), False
         sock.listen(128)
         self._thread = threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True)
         self._thread.start()
 
+    def verify_request(self, request, client_address):
+        with self._count:
+            return self._most_each is None or self._open_from[source(client_address)] < self._most_each
+
     def process_request(self, request, client_address):
         while not self._free.acquire(timeout=0.5):
             if self._closing:
                 raise ConnectionAbortedError
+        with self._count:
+            self._open_from[source(client_address)] += 1
         try:
             super().process_request(request, client_address)
         except BaseException:  # no thread could be started
-            self._free.release()
+            self._ended(client_address)
             raise
 
     def process_request_thread(self, request, client_address):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._free.release()
+            self._ended(client_address)
+
+    def _ended(self, client_address):
+        with self._count:
+            self._open_from[source(client_address)] -= 1
+            self._open_from += collections.Counter()  # without those that have none
+        self._free.release()
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], OSError):
@@ -1081,6 +1105,15 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._closing = True
         self.shutdown()
         self.server_close()
+
+
+def source(client_address):
+    """Whom an address stands for: IPv6 networks are given out by the /64, and the unix socket has no addresses."""
+    if not client_address:
+        return None
+    address = ipaddress.ip_address(client_address[0].partition('%')[0])
+    v4 = address if address.version == 4 else address.ipv4_mapped
+    return v4 or (address if client_address[0].startswith(registry.PEERS) else int(address) >> 64)
 
 
 def peer_fields(body):
@@ -1244,7 +1277,8 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         if status == 500:
             traceback.print_exception(error)
         text = str(error) if status != 500 else 'this is a fault of faasd; its log has more'
-        answer = {'error': text.splitlines()[0] if text else type(error).__name__, 'hint': getattr(error, 'hint', None)}
+        first_line = text.splitlines()[0][:500] if text else type(error).__name__
+        answer = {'error': first_line, 'hint': getattr(error, 'hint', None)}
         if isinstance(error, pool.StartFailed):
             answer |= {
                 'error': f'the function does not start: {answer["error"]}',
@@ -1257,6 +1291,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
     def send_error(self, code, message=None, explain=None):
         """What http.server itself refuses, in the same form."""
         self._unread, self.close_connection = 0, True
+        code = 405 if code == 501 else code  # of a method that http.server finds no do_… for
         self._answer(json.dumps({'error': message or self.responses[code][0], 'hint': None}).encode(), code)
 
     def _answer(self, body, status=200, content_type='application/json', headers=()):
@@ -1368,14 +1403,14 @@ def prepare_process():
 
 
 def termination():
-    """A descriptor that can be read from when SIGTERM or SIGINT comes.
+    """A descriptor that can be read from when SIGTERM, SIGINT or SIGHUP comes.
 
     An Event that a handler sets would not do: a signal just before the wait for it begins does not interrupt that wait.
     """
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     os.set_blocking(reader, True)
     signal.set_wakeup_fd(writer)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     return reader
 

@@ -224,6 +224,7 @@ class Registry:
         # sqlite3 gives its -wal and -shm the same mode.
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
         self._lock = threading.RLock()
+        self._deploying = set()  # the ids of the functions that are being deployed by this process
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10)
         self._db.execute('PRAGMA journal_mode = WAL')
         self._db.execute('PRAGMA synchronous = FULL')
@@ -340,6 +341,12 @@ class Registry:
         The Function's own `revision` is what serves meanwhile, or None. Raises BadName, NameTaken, RangeFull.
         """
         check_name(name, RESERVED)
+        with self._lock:
+            function, number = self._begin_revision(name)
+            self._deploying.add(function.id)
+            return function, number
+
+    def _begin_revision(self, name):
         with self._change() as db:
             row = db.execute(
                 'SELECT id, name, ipv6, revision, created FROM functions WHERE name = ?', (name,)
@@ -351,13 +358,11 @@ class Registry:
                 )
                 row = (added.lastrowid, name, ipv6, None, now)
             function = Function(*row)
-            if db.execute(
-                "SELECT 1 FROM revisions WHERE function = ? AND state = 'deploying'", (function.id,)
-            ).fetchone():
+            if function.id in self._deploying:
                 raise NameTaken(f"another deploy of '{name}' is under way", 'try again when it has ended')
             number = (function.revision or 0) + 1
             db.execute(
-                "INSERT INTO revisions (function, number, state, created) VALUES (?, ?, 'deploying', ?)",
+                "INSERT OR REPLACE INTO revisions (function, number, state, created) VALUES (?, ?, 'deploying', ?)",
                 (function.id, number, int(time.time())),
             )
             return function, number
@@ -368,12 +373,14 @@ class Registry:
             db.execute("DELETE FROM revisions WHERE function = ? AND state = 'live'", (function.id,))
             db.execute("UPDATE revisions SET state = 'live' WHERE function = ? AND number = ?", (function.id, number))
             db.execute('UPDATE functions SET revision = ? WHERE id = ?', (number, function.id))
+        self._deploying.discard(function.id)
 
     def abandon_revision(self, function, number):
         """Forget a revision that never went live.
 
         With the first one goes the function, and its address counts as never used.
         """
+        self._deploying.discard(function.id)  # whatever the disk says: abandon_stale() comes back to it
         with self._change() as db:
             db.execute(
                 "DELETE FROM revisions WHERE function = ? AND number = ? AND state = 'deploying'", (function.id, number)
@@ -382,13 +389,15 @@ class Registry:
                 network, host = function.ipv6.split('::')
                 db.execute('DELETE FROM addresses WHERE network = ? AND host = ?', (network, int(host, 16)))
 
-    def abandon_all(self):
-        """Forget every revision that was deploying when the last run ended."""
-        for *row, number in self._rows(
-            "SELECT f.id, f.name, f.ipv6, f.revision, f.created, r.number FROM revisions AS r "
-            "JOIN functions AS f ON f.id = r.function WHERE r.state = 'deploying'"
-        ):
-            self.abandon_revision(Function(*row), number)
+    def abandon_stale(self):
+        """Forget the revisions whose deploy ended with a run that was killed, or on a full disk."""
+        with self._lock:
+            for *row, number in self._rows(
+                'SELECT f.id, f.name, f.ipv6, f.revision, f.created, r.number FROM revisions AS r '
+                "JOIN functions AS f ON f.id = r.function WHERE r.state = 'deploying'"
+            ):
+                if row[0] not in self._deploying:
+                    self.abandon_revision(Function(*row), number)
 
     def remove_function(self, name):
         """Forget a live function and return what it was.
@@ -397,9 +406,7 @@ class Registry:
         """
         with self._change() as db:
             function = self.function(name)
-            if db.execute(
-                "SELECT 1 FROM revisions WHERE function = ? AND state = 'deploying'", (function.id,)
-            ).fetchone():
+            if function.id in self._deploying:
                 raise NameTaken(f"a deploy of '{name}' is under way", 'try again when it has ended')
             db.execute('DELETE FROM functions WHERE id = ?', (function.id,))
             self._free(db, function.ipv6)

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import socket
-import tempfile
 import time
 
 import shell
@@ -222,6 +221,7 @@ class VPNManager:
 
         Other files are left alone.
         """
+        self._reload_wireguard(peers)  # first: who is removed is locked out, whatever the disk says
         files = self.peer_files()
         for name in removed:
             if name in files:
@@ -229,7 +229,6 @@ class VPNManager:
         for peer in peers:
             if files.get(peer.name) != self._render(peer):
                 self.add_peer(peer)
-        self._reload_wireguard(peers)
 
     def add_peer(self, peer):
         shell.write_file(os.path.join(self.peers_dir, f'{peer.name}.conf'), self._render(peer), mode=0o600)
@@ -406,11 +405,11 @@ def _read(path):
 
 @contextlib.contextmanager
 def private_file(text):
-    """The path of a 0600 file in memory that holds `text` for as long as the context lasts."""
-    with tempfile.NamedTemporaryFile('w', dir='/run', prefix='faasd-', suffix='.conf') as file:
+    """The path, for children, of a file without a name that holds `text` for as long as the context lasts."""
+    with open(os.memfd_create('wg', os.MFD_CLOEXEC), 'w') as file:
         file.write(text)
         file.flush()
-        yield file.name
+        yield f'/proc/{os.getpid()}/fd/{file.fileno()}'
 
 
 def default_address():

@@ -29,6 +29,7 @@ PAUSE_S = 0.01  # between two turns of the copier: a function that floods its lo
 # programs begin to fail.
 ID_RANGE = 65536
 ID_SLOTS = 4096
+NOBODY = 65534
 
 # A passed socket is of the host's network, and its ioctl requests 0x8900 to 0x89ff list and change interfaces. The
 # kernel compares 64 bits but the request is the low 32: MASKED_EQ looks at those alone. The rest is what containers are
@@ -103,9 +104,10 @@ class Containers:
 
     def prepare(self):
         """Remove what a killed run left of its instances, and lay out the root file system that all instances share."""
-        if os.path.isdir(self._instances):
-            for ident in os.listdir(self._instances):
-                self._delete(ident)
+        for folder in (self._instances, self._runc[-1]):
+            if os.path.isdir(folder):
+                for ident in os.listdir(folder):
+                    self._delete(ident)
         self._remove_cgroups()
         shutil.rmtree(self._rootfs, ignore_errors=True)
         os.makedirs(self._instances, mode=0o700, exist_ok=True)
@@ -259,7 +261,7 @@ class Containers:
                 'destination': where,
                 'type': 'bind',
                 'source': source,
-                'options': ['rbind', 'ro', 'nosuid', 'nodev'],
+                'options': ['rbind', 'rro', 'rnosuid', 'rnodev'],  # what is mounted below it, too
             }
 
         memory, pids, cpus = self.limits

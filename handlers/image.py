@@ -6,6 +6,7 @@ Run as a program it is that process: archive on stdin, the empty target folder a
 import contextlib
 import errno
 import os
+import pathlib
 import shutil
 import sys
 import tarfile
@@ -100,14 +101,16 @@ class Staging:
 
 def unpack(archive):
     """Unpack a tar of files, folders and links that stay inside into the current folder. Raises ImageError."""
+    made = set()
     with tarfile.open(fileobj=archive, mode='r|') as tar:
-        for count, member in enumerate(tar):
-            if count >= MOST_ENTRIES:
-                raise ImageError(f'more than {MOST_ENTRIES} files')
+        for member in tar:
             name = os.path.normpath(member.name)
             if name == '.' and member.isdir():
                 continue
             inside(member.name, member.name)
+            made.update((name, *map(str, pathlib.PurePath(name).parents)))
+            if len(made) > MOST_ENTRIES:
+                raise ImageError(f'more than {MOST_ENTRIES} files and folders')
             os.makedirs(os.path.dirname(name) or '.', mode=0o755, exist_ok=True)
             if member.isdir():
                 os.makedirs(name, mode=0o755, exist_ok=True)

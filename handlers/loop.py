@@ -49,6 +49,8 @@ class Loop:
     def stop(self):
         self.call(setattr, self, '_running', False)
         self._thread.join()
+        self._epoll.close()
+        os.close(self._wake)
 
     def _run(self):
         while self._running:

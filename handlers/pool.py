@@ -8,6 +8,7 @@ import collections
 import concurrent.futures
 import contextlib
 import fcntl
+import os
 import shutil
 import socket
 import struct
@@ -24,6 +25,9 @@ MOST_CONNECTIONS = 1024  # handed to one instance at a time; more wait in the li
 MOST_MESSAGES = 256  # of one instance before the others have their turn
 YOUNG_S = 10  # an instance that dies before this age is crashing: the next start waits
 FIRST_DELAY_S, LAST_DELAY_S = 0.5, 30
+# Of linux/tcp.h.
+TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE_WAIT = 1, 4, 5, 8
+TCP_CONNECTED = (TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE_WAIT)
 DRAIN_S = 600  # how long a replaced instance may take to finish what it holds
 IDLE_S = 30  # how long it keeps idle connections that were kept alive
 
@@ -59,7 +63,7 @@ class Instance:
         self.gone = concurrent.futures.Future()
         self._number = 0
         self._reason = self._container = self._channel = self._pipe = None
-        self._greeted = False
+        self._greeted = self._full = False
         self._around = pool.around
 
     def begin(self):
@@ -131,13 +135,19 @@ class Instance:
         try:
             protocol.send_connection(self._channel, self._number, connection)
         except BlockingIOError:
-            self._around.loop.later(0.005, self.pool.flush)
+            if not self._full:
+                self._full = True
+                self._around.loop.later(0.005, self._try_again)
             return False
         except OSError:  # it is about to be seen as dead
             return False
         self.connections[self._number] = connection
         self._number += 1
         return True
+
+    def _try_again(self):
+        self._full = False
+        self.pool.flush()
 
     def _read(self):
         if not self._hear(MOST_MESSAGES):
@@ -149,7 +159,10 @@ class Instance:
         try:
             for _ in range(most):
                 message, fd = protocol.receive(self._channel)
-                if fd is not None or not message:
+                if fd is not None:
+                    os.close(fd)
+                    return False
+                if not message:
                     return False
                 self._heard(message[:1], message)
         except BlockingIOError:
@@ -159,22 +172,20 @@ class Instance:
         return True
 
     def _heard(self, kind, message):
-        if kind == protocol.DONE:
-            connection = self.connections.pop(protocol.number_of(message), None)
-            if connection is not None:
-                connection.close()
-                self.pool.served(self)
-        elif kind == protocol.HELLO:
+        if kind == protocol.DONE and (connection := self.connections.pop(protocol.number_of(message), None)):
+            connection.close()
+            self.pool.served(self)
+        elif kind == protocol.HELLO and not self._greeted:
             if message[1:] != bytes((protocol.VERSION,)):
                 raise protocol.ProtocolError('another version')
             self._greeted = True
-        elif kind == protocol.READY and self._greeted:
+        elif kind == protocol.READY and self._greeted and not self.kind:
             self.kind = text_of(message)
             if self.state == 'starting':
                 self.state = 'ready'
                 self.up.set_result(self)
                 self.pool.ready(self)
-        elif kind == protocol.FAILED:
+        elif kind == protocol.FAILED and not self._reason:
             self._reason = text_of(message)
         else:
             raise protocol.ProtocolError('not what comes next')
@@ -184,10 +195,10 @@ class Instance:
         self._around.loop.unwatch(self._channel.fileno())
         self._around.loop.unwatch(self._container.pidfd)
         self._channel.close()
-        self.pool.orphaned(list(self.connections.values()))
-        self.connections.clear()
         self._around.workers.submit(self._bury, self._container)
         self._container = None  # its pidfd is about to be closed
+        orphans, self.connections = list(self.connections.values()), {}
+        self.pool.orphaned(orphans)
 
     def _bury(self, container):
         """In a worker thread: what waits for runc and for the last output."""
@@ -251,6 +262,8 @@ class Pool:
         """(status, reason or None) as the API says it."""
         if self.reason is not None:
             return 'crashing', self.reason
+        if self._serving and len(self._serving.connections) >= MOST_CONNECTIONS:
+            return 'full', f'it serves {MOST_CONNECTIONS} connections, more wait'
         return ('running' if self._serving else 'starting' if self._starting else 'idle'), None
 
     # In the loop's thread
@@ -404,11 +417,11 @@ def progress(connection):
     struct tcp_info of linux/tcp.h: tcpi_bytes_received at 128, tcpi_notsent_bytes at 144, tcpi_bytes_sent at 200.
     """
     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-    if info[0] == 7:  # TCP_CLOSE: it was reset, nobody waits any more
+    if info[0] not in TCP_CONNECTED:  # it was reset, or turned into something else: nobody waits any more
         return True, True
     (unread,) = struct.unpack('i', fcntl.ioctl(connection, termios.FIONREAD, b'\0' * 4))
     (received,) = struct.unpack_from('Q', info, 128)
     (notsent,) = struct.unpack_from('I', info, 144)
     (sent,) = struct.unpack_from('Q', info, 200)
-    half_closed = info[0] in (8, 9)  # TCP_CLOSE_WAIT, TCP_LAST_ACK: the FIN counts as one byte
+    half_closed = info[0] == TCP_CLOSE_WAIT  # the FIN counts as one byte
     return received - unread - half_closed > 0, sent + notsent > 0

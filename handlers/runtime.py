@@ -20,6 +20,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 import traceback
 import types
 
@@ -35,6 +36,7 @@ CONTROL = '/control.sock'
 FEW_THREADS, MOST_THREADS = 2, 32
 HELD_UP_S = 0.005
 MOST_PROCESSES = 32
+IDLE_S, SWEEP_S = 75, 5  # how long a client may be silent between requests, and how often that is looked at
 HEAD_S = 20  # how long a client may be silent within a request's head: it holds a thread then
 KINDS = (
     'handler.py offers nothing to call: it needs a class derived from BaseHTTPRequestHandler, a WSGI callable `app`, '
@@ -196,7 +198,7 @@ class Runtime:
         self._lock = threading.Lock()
         self._epoll = select.epoll()
         self._open = {}  # number → connection, being served or parked
-        self._parked = {}  # fd → number
+        self._parked = {}  # fd → (number, since)
         self._threads = self._waiting = 0
         self._all_busy, self._over = threading.Event(), threading.Event()
 
@@ -215,8 +217,11 @@ class Runtime:
                     except RuntimeError:  # FAAS_PIDS is reached: those that there are go on
                         if not self._threads:
                             raise
-            self._all_busy.wait()
-            if self._over.wait(HELD_UP_S):
+            if self._over.is_set():
+                return
+            if not self._all_busy.wait(SWEEP_S):
+                self._close_idle(IDLE_S)
+            elif self._over.wait(HELD_UP_S):
                 return
 
     def _work(self):
@@ -235,7 +240,7 @@ class Runtime:
                 self._receive()
             else:
                 with self._lock:
-                    number = self._parked.pop(fd, None)
+                    number, _ = self._parked.pop(fd, (None, None))
                 if number is not None:
                     self._step(number, fd)
 
@@ -266,20 +271,22 @@ class Runtime:
     def stop(self, idle_s):
         """Take no more; serve what is open; close what is still idle after idle_s seconds."""
         self.stopping = True
-        threading.Timer(idle_s, self._close_idle).start()
+        threading.Timer(idle_s, self._close_idle, (0,)).start()
         self._exit_when_done()
 
-    def _close_idle(self):
+    def _close_idle(self, after_s):
+        before = time.monotonic() - after_s
         with self._lock:
-            idle = list(self._parked.values())
-            self._parked.clear()
-        for number in idle:
+            idle = {fd: number for fd, (number, since) in self._parked.items() if since <= before}
+            for fd in idle:
+                del self._parked[fd]
+        for number in idle.values():
             self._done(number, self._open[number].connection)
 
     def _park(self, number, new=False):
         connection = self._open[number].connection
         with self._lock:
-            self._parked[connection.fileno()] = number
+            self._parked[connection.fileno()] = number, time.monotonic()
         events = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
         (self._epoll.register if new else self._epoll.modify)(connection, events)
 

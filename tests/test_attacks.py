@@ -13,6 +13,7 @@ import unittest
 
 import registry
 import vpn_manager
+from handlers import container
 from tests import inside, lab, serving
 
 ADDRESS = 'fd00:faa5:1:0::a'
@@ -28,13 +29,20 @@ def prepare():
     return manager
 
 
+def listening():
+    """A function's listener, as faasd has it."""
+    listener = socket.socket(socket.AF_INET6)
+    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, vpn_manager.MARK)
+    listener.bind((ADDRESS, 80, 0, 0))
+    listener.listen()
+    return listener
+
+
 def accepted():
     """(the connection that faasd would hand over, its client)."""
-    with socket.socket(socket.AF_INET6) as listener:
-        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, vpn_manager.MARK)
-        listener.bind((ADDRESS, 80, 0, 0))
-        listener.listen()
+    with listening() as listener:
         client = socket.create_connection((ADDRESS, 80), timeout=5)
         return listener.accept()[0], client
 
@@ -80,11 +88,12 @@ class Stranger:
         os.waitpid(self.pid, 0)
         self.channel.close()
 
-    def give(self):
+    def give(self, owner=0):
         """Hand it a connection as faasd does; the first thing it says after that."""
         assert self.hear() == 'ready'
         connection, client = accepted()
         with connection, client:
+            os.fchown(connection.fileno(), owner, -1)
             socket.send_fds(self.channel, [b'C'], [connection.fileno()])
             return self.hear()
 
@@ -120,6 +129,14 @@ def open_a_port(connection, channel):
         stranger.recv(4096)
         stranger.sendall(b'from within\n')
         stranger.close()
+
+
+def join_a_listener(connection, channel):
+    """The third, where the host lets anybody bind port 80: a share of another function's clients."""
+    disconnect(connection)
+    connection.bind((ADDRESS, 80, 0, 0))
+    connection.listen()
+    return 'joined'
 
 
 def take_the_mark_off(connection, channel):
@@ -192,6 +209,21 @@ class PassedSocket(unittest.TestCase):
         self.assertEqual([(0, 'from within\n')] * 2, came[False], 'the attack itself does not work')
         self.assertEqual([(28, '')] * 2, came[True])  # 28: timed out
 
+    def test_it_joins_no_listener(self):
+        self.server.run(['sh', '-c', 'echo 0 >/proc/sys/net/ipv4/ip_unprivileged_port_start'])
+
+        def attack():
+            self.kept = prepare()
+            told = []
+            for owner in (0, container.NOBODY):
+                with listening(), Stranger(join_a_listener) as stranger:
+                    told.append(stranger.give(owner))
+            return told
+
+        as_root, as_another = inside.call(self.server, attack)
+        self.assertEqual('joined', as_root, 'the attack itself does not work')
+        self.assertRegex(as_another, 'Address already in use')
+
     def test_the_mark_stays_and_is_not_the_functions_to_change(self):
         def attack():
             self.kept = prepare()
@@ -232,12 +264,20 @@ def listen(sock):
     sock.listen()
     return sock.getsockname()[1]
 
+def join(sock):
+    address = sock.getsockname()
+    disconnect(sock)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    sock.bind(address)
+
 def handle(connection, address):
     request = connection.recv(4096)
     if request.startswith(b'GET /reach '):
         answer = attempt(lambda: reach(connection))
     elif request.startswith(b'GET /listen '):
         answer = attempt(lambda: listen(connection))
+    elif request.startswith(b'GET /join '):
+        answer = attempt(lambda: join(connection))
     else:
         asked = 0x8912, 0x8913, 0x8927  # SIOCGIFCONF, SIOCGIFFLAGS, SIOCGIFHWADDR
         answer = [attempt(lambda: fcntl.ioctl(connection, each, bytearray(4096))) for each in asked]
@@ -284,6 +324,9 @@ class Deployed(unittest.TestCase):
                 return laptop.run(argv, ok=None).returncode
 
             self.assertEqual(28, reached())  # dropped: no answer at all
+            host.run(['sh', '-c', 'echo 0 >/proc/sys/net/ipv4/ip_unprivileged_port_start'])
+            server.get(ipv6, '/join', ok=(0, 28, 52, 56))
+            self.assertEqual('EADDRINUSE', self.said(server, 3))
             host.run(['nft', 'delete', 'table', 'inet', 'faas'])
             self.assertIn(
                 'faas', lab.wait_until(lambda: host.run(['nft', 'list', 'tables']).stdout, 5, 'the table again')

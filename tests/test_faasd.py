@@ -294,7 +294,7 @@ class OneServer(unittest.TestCase):
 
     def test_what_http_server_itself_refuses_is_json_too(self):
         for request, status in (
-            (b'BREW /api/list HTTP/1.1\r\nHost: x\r\n\r\n', 501),
+            (b'BREW /api/list HTTP/1.1\r\nHost: x\r\n\r\n', 405),
             (b'GET http://[ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n', 400),
             (b'GET /api/list HTTP/1.1\r\nContent-Length: ' + b'9' * 5000 + b'\r\n\r\n', 400),
             (b'GET /' + b'x' * 70000 + b' HTTP/1.1\r\n\r\n', 414),
@@ -569,6 +569,31 @@ class OneServer(unittest.TestCase):
         for target in (f'[{ipv6}]', '[fd00:faa5:0:100::1]:8080'):
             self.laptop.run(['curl', '-sg', '--max-time', '1', f'http://{target}/'], ok=(28,))
 
+    def test_a_stranger_who_holds_the_enroll_port_does_not_keep_others_out(self):
+        token = self.token()
+        hold = (
+            'import socket, sys, time\n'
+            'held = []\n'
+            'end = time.monotonic() + 30\n'
+            'while time.monotonic() < end:\n'
+            '    if len(held) < 100:\n'
+            '        s = socket.create_connection(("203.0.113.10", 51820)); s.sendall(b"POST /api"); held.append(s)\n'
+            '        continue\n'
+            '    print("held", flush=True)\n'
+            '    time.sleep(1)\n'
+            '    for s in held:\n'
+            '        try: s.send(b"x")\n'
+            '        except OSError: held.remove(s); break\n'
+        )
+        self.laptop.run(['ip', 'address', 'add', '203.0.113.66/24', 'dev', 'eth0'])
+        self.addCleanup(self.laptop.run, ['ip', 'address', 'del', '203.0.113.66/24', 'dev', 'eth0'])
+        attacker = hold.replace('51820))', '51820), source_address=("203.0.113.66", 0))')
+        with self.laptop.popen(['/usr/bin/python3', '-c', attacker], stdout=subprocess.PIPE) as process:
+            self.addCleanup(process.kill)
+            self.assertEqual(b'held\n', process.stdout.readline())
+            self.assertEqual(200, self.redeem(token, key())[0])
+            process.kill()
+
     def test_hand_made_peers_are_adopted_and_broken_files_left_out(self):
         peers, good = self.host.path('/etc/wireguard/peers'), key()
         (peers / 'byhand.conf').write_text(f'[Peer]\nPublicKey = {good}\nAllowedIPs = fd00:faa5:0:100::beef/128\n')
@@ -644,6 +669,19 @@ class OneServer(unittest.TestCase):
         finally:
             self.host.run(['umount', functions])
         self.assertEqual(before, self.remains())
+
+    def test_what_is_mounted_below_usr_is_read_only_too(self):
+        self.host.run(['sh', '-c', 'mkdir /usr/shared && mount -t tmpfs -o mode=1777 shared /usr/shared'])
+        self.addCleanup(self.host.run, ['umount', '/usr/shared'])
+        source = (
+            'import os\n'
+            'def handle(connection, address):\n'
+            '    try:\n        open("/usr/shared/x", "w")\n        said = b"written"\n'
+            '    except OSError as error:\n        said = os.strerror(error.errno).encode()\n'
+            '    connection.recv(4096)\n    connection.sendall(b"HTTP/1.0 200 OK\\r\\n\\r\\n" + said)\n'
+        )
+        ipv6 = self.deploy('writer', {'handler.py': source}).json['ipv6']
+        self.assertEqual('Read-only file system', self.server.get(ipv6))
 
 
 @lab.needs_root
@@ -758,6 +796,11 @@ class LivesOfAServer(unittest.TestCase):
         refused = self.host.run(['/usr/bin/python3', 'faasd.py'], ok=(1,)).stderr
         self.assertRegex(refused, 'listens on UDP port 51999, not on 51820 .set FAAS_WG_PORT')
         self.host.run(['ip', 'link', 'delete', 'wg0'])
+
+    def test_a_terminal_that_goes_ends_it_well(self):
+        server = serving.Server(self.host, '--standalone').start()
+        self.assertEqual(0, server.stop(signal.SIGHUP))
+        self.assertEqual(['faasd.lock'], os.listdir(self.host.path('/run/faasd')))
 
     def test_a_strict_umask_of_roots_is_no_trouble(self):
         with serving.standalone(self.host, umask=0o077) as server:

@@ -16,9 +16,9 @@ from handlers.loop import Loop
 from tests import inside, lab
 
 # Says its name. A request of "slow" waits until the file `go` is there, "half" answers a part and then waits, "die"
-# reads and dies.
+# reads and dies, "listen" turns the connection into a listener and ends.
 SOURCE = """
-import os, time
+import ctypes, os, time
 def wait():
     while not os.path.exists('/function/go'):
         time.sleep(0.01)
@@ -26,6 +26,10 @@ def handle(connection, address):
     request = connection.recv(64)
     if request == b'die':
         os.kill(os.getpid(), 9)
+    if request == b'listen':
+        ctypes.CDLL(None).connect(connection.fileno(), bytes(16), 16)
+        connection.listen()
+        os._exit(0)
     if request == b'half':
         connection.sendall(b'ha')
         wait()
@@ -302,11 +306,28 @@ class Deaths(inside.InHost):
         self.assertEqual('dead', first.state)
 
     @inside.inside
-    def test_one_that_breaks_the_protocol_is_ended(self):
+    def test_what_became_of_its_connections_does_not_keep_it_from_ending(self):
         function = Function(self.stack)
-        function.deploy(1, SOURCE % 'x' + 'os.write(3, b"?")\n')
-        lab.wait_until(lambda: function.events, 5, 'its end')
-        self.assertIn('closed its channel', function.events[0][1])
+        instance = function.deploy(1)
+        function.connect(b'listen')
+        instance.gone.result(10)
+        self.assertEqual('revision 1', function.ask())
+
+    @inside.inside
+    def test_one_that_breaks_the_protocol_is_ended_and_leaks_nothing(self):
+        fd = 'import socket\nsocket.send_fds(socket.socket(fileno=os.dup(3)), [b"C"], [0])\n'
+        for number, breach in enumerate(
+            ('os.write(3, b"?")', 'os.write(3, b"H\\x01")', 'os.write(3, b"D" + bytes(8))', fd.strip())
+        ):
+            with self.subTest(breach):
+                before = len(os.listdir('/proc/self/fd'))
+                with contextlib.ExitStack() as stack:
+                    function = Function(stack)
+                    function.deploy(number + 1, SOURCE % 'x' + breach + '\n')
+                    events = function.events
+                    lab.wait_until(lambda events=events: events, 5, 'its end')
+                    self.assertIn('closed its channel', events[0][1])
+                self.assertLessEqual(len(os.listdir('/proc/self/fd')), before + 1)  # the copier's epoll
 
     @inside.inside
     def test_one_that_is_on_its_way_gives_way_to_a_new_revision(self):

@@ -195,6 +195,21 @@ class Functions(RegistryTest):
         self.assertEqual([1], [each for each in outcomes if isinstance(each, int)])
         self.assertEqual({"another deploy of 'hello' is under way"}, {each for each in outcomes if each != 1})
 
+    def test_a_deploy_that_a_full_disk_ended_does_not_block_the_next(self):
+        function, number = self.registry.begin_revision('hello')
+        full = mock.patch.object(self.registry, '_change', side_effect=sqlite3.OperationalError('disk is full'))
+        with full, self.assertRaises(sqlite3.OperationalError):
+            self.registry.abandon_revision(function, number)
+        again, number = self.registry.begin_revision('hello')
+        self.assertEqual((function.ipv6, 1), (again.ipv6, number))
+        self.registry.abandon_stale()  # not one that is under way
+        self.registry.commit_revision(again, number)
+        self.assertEqual(1, self.registry.function('hello').revision)
+        self.registry.begin_revision('hello')
+        self.registry._deploying.clear()
+        self.registry.abandon_stale()
+        self.registry.remove_function('hello')
+
     def test_removal_while_deploying_is_refused(self):
         with self.assertRaises(registry.NotFound):
             self.registry.remove_function('hello')
@@ -230,7 +245,7 @@ class TheFile(RegistryTest):
         self.registry.begin_revision('hello')
         self.assertEqual(1, self.reopen().function('hello').revision)
         self.registry.begin_revision('other')
-        self.reopen().abandon_all()
+        self.reopen().abandon_stale()
         self.assertEqual([function._replace(revision=1)], self.reopen().functions())
         self.assertEqual([function.ipv6], self.registry.function_addresses())
         self.assertEqual('fd00:faa5:1:0::b', self.deploy('other'))
@@ -283,7 +298,7 @@ class TheFile(RegistryTest):
                 for _ in range(lines):
                     self.assertEqual(b'\n', process.stdout.readline())
                 process.send_signal(signal.SIGKILL)
-            self.reopen().abandon_all()
+            self.reopen().abandon_stale()
             self.assertEqual([('ok',)], self.sql('PRAGMA integrity_check'))
             self.assertEqual([], self.sql('PRAGMA foreign_key_check'))
             live = self.sql('SELECT id, revision FROM functions')

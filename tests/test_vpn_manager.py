@@ -375,8 +375,18 @@ class Live(inside.InHost):
     @inside.inside
     def test_the_file_for_wg_is_private(self):
         with vpn_manager.private_file('text') as path:
-            self.assertEqual((0o600, 'text'), (stat.S_IMODE(os.stat(path).st_mode), pathlib.Path(path).read_text()))
+            self.assertEqual('text', shell.run(['cat', path]).stdout)
+            self.assertEqual(1, shell.run(['setpriv', '--reuid', '65534', 'cat', path], ok=(1,)).returncode)
         self.assertFalse(os.path.exists(path))
+
+    @inside.inside
+    def test_who_is_removed_is_locked_out_whatever_the_disk_says(self):
+        manager = self.up()
+        manager.project([peer(0), peer(1)])
+        read_only = mock.patch.object(shell, 'remove_file', side_effect=OSError(30, 'Read-only file system'))
+        with read_only, self.assertRaises(OSError):
+            manager.project([peer(1)], ['peer0'])
+        self.assertEqual(KEYS[1], self.shown('peers').strip())
 
     @inside.inside
     def test_only_function_addresses_are_added_and_taken_away(self):
