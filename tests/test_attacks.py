@@ -40,11 +40,10 @@ def listening():
     return listener
 
 
-def accepted():
+def accepted(listener):
     """(the connection that faasd would hand over, its client)."""
-    with listening() as listener:
-        client = socket.create_connection((ADDRESS, 80), timeout=5)
-        return listener.accept()[0], client
+    client = socket.create_connection((ADDRESS, 80), timeout=5)
+    return listener.accept()[0], client
 
 
 class Stranger:
@@ -91,11 +90,12 @@ class Stranger:
     def give(self, owner=0):
         """Hand it a connection as faasd does; the first thing it says after that."""
         assert self.hear() == 'ready'
-        connection, client = accepted()
-        with connection, client:
-            os.fchown(connection.fileno(), owner, -1)
-            socket.send_fds(self.channel, [b'C'], [connection.fileno()])
-            return self.hear()
+        with listening() as listener:
+            connection, client = accepted(listener)
+            with connection, client:
+                os.fchown(connection.fileno(), owner, -1)
+                socket.send_fds(self.channel, [b'C'], [connection.fileno()])
+                return self.hear()
 
     def hear(self):
         return self.channel.recv(4096).decode()
@@ -216,7 +216,7 @@ class PassedSocket(unittest.TestCase):
             self.kept = prepare()
             told = []
             for owner in (0, container.NOBODY):
-                with listening(), Stranger(join_a_listener) as stranger:
+                with Stranger(join_a_listener) as stranger:
                     told.append(stranger.give(owner))
             return told
 
