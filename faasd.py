@@ -765,7 +765,8 @@ class Faasd:
     def _refuse_strangers(self):
         """Raise StartError if the first projection would cut off a peer that somebody else gave to wg0."""
         removed = {key for _, key in self.registry.removed_peers()}
-        strangers = self.vpn.strangers(self.registry.peers()) - removed
+        known = {peer.public_key for peer in self.registry.peers()}
+        strangers = self.vpn.public_keys() - known - removed
         if strangers:
             raise StartError(
                 f'{self.vpn.interface} has a peer that faasd does not know: {sorted(strangers)[0]}',
@@ -1007,7 +1008,8 @@ class Faasd:
             self.vpn.set_up()
             self.vpn.check_interface()
         self.addresses.sync()
-        if interface in self._ailing:
+        # `systemctl reload wg-quick@wg0` leaves only the peers of wg0.conf.
+        if interface in self._ailing or self.vpn.public_keys() != {peer.public_key for peer in self.registry.peers()}:
             self.peers.sync()
 
     def _look_after_children(self):

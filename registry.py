@@ -199,10 +199,7 @@ def _base64url(data):
 
 
 def check_name(name, reserved=frozenset()):
-    """Return `name` if it is a DNS label (RFC 1035 2.3.1, RFC 1123 2.1) in lower case and not reserved.
-
-    Else raise BadName.
-    """
+    """Return `name`, a DNS label in lower case (RFC 1035 2.3.1, RFC 1123 2.1) that is not reserved; else BadName."""
     if not isinstance(name, str) or not LABEL.fullmatch(name):
         raise BadName(f'{name!r} is not a name that DNS knows' if name else 'the name is empty')
     if name in reserved:

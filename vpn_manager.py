@@ -249,9 +249,9 @@ class VPNManager:
         with private_file(text) as path:
             shell.run(['wg', 'syncconf', self.interface, path])
 
-    def strangers(self, peers):
-        """The public keys on wg0 that are none of `peers`; a projection takes them away."""
-        return set(self._show('peers').split()) - {peer.public_key for peer in peers}
+    def public_keys(self):
+        """Those of the peers on wg0."""
+        return set(self._show('peers').split())
 
     def active(self):
         """The public keys of the peers with a fresh handshake; none when wg0 is away."""
@@ -324,6 +324,10 @@ class VPNManager:
             self.set_up()
         except shell.CommandError as error:
             self.take_down(process)
+            if 'Address already in use' in error.stderr:
+                raise VPNError(
+                    f'UDP port {self.port} is in use', 'end what listens there, or set FAAS_WG_PORT to another'
+                ) from error
             if 'Permission denied' in error.stderr:
                 raise VPNError(
                     'IPv6 is switched off on this host', 'sysctl -w net.ipv6.conf.all.disable_ipv6=0'

@@ -625,6 +625,16 @@ class OneServer(unittest.TestCase):
         self.assertIn(public_key, self.host.run(['wg', 'show', 'wg0', 'peers']).stdout)
         self.assertEqual([], self.server.api('GET', '/api/health').json['problems'])
 
+    def test_peers_taken_away_come_back(self):
+        public_key = key()
+        self.server.api('POST', '/api/vpn/create', {'name': 'comes', 'public_key': public_key})
+        self.addCleanup(self.server.api, 'DELETE', '/api/vpn/remove/comes')
+        shown = ['wg', 'show', 'wg0', 'peers']
+        # What a reload of wg-quick@wg0 does.
+        self.host.run(['bash', '-c', 'wg syncconf wg0 <(wg-quick strip wg0)'])
+        self.assertNotIn(public_key, self.host.run(shown).stdout)
+        lab.wait_until(lambda: public_key in self.host.run(shown).stdout, 10, 'the peer')
+
     def test_a_gateway_taken_away_is_told_and_made_good(self):
         ipv6 = self.deploy('gateway', serving.saying('here')).json['ipv6']
         for harm in (
@@ -796,6 +806,16 @@ class LivesOfAServer(unittest.TestCase):
         refused = self.host.run(['/usr/bin/python3', 'faasd.py'], ok=(1,)).stderr
         self.assertRegex(refused, 'listens on UDP port 51999, not on 51820 .set FAAS_WG_PORT')
         self.host.run(['ip', 'link', 'delete', 'wg0'])
+
+    def test_a_port_of_wireguards_in_use_is_a_clear_error(self):
+        taken = 'import socket, time\ns = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)\ns.bind(("::", 51820))\n'
+        with self.host.popen(['/usr/bin/python3', '-c', taken + 'time.sleep(60)']) as other:
+            self.addCleanup(other.kill)
+            lab.wait_until(lambda: ':51820' in self.host.run(['ss', '-Hlun']).stdout, 5, 'the other program')
+            refused = self.host.run(['/usr/bin/python3', 'faasd.py', '--standalone'], ok=(1,))
+            self.assertRegex(refused.stderr, r'^faasd: UDP port 51820 is in use \(.*FAAS_WG_PORT.*\)\n$')
+            self.assertNotIn('wg0', self.host.run(['ip', 'link']).stdout)
+            other.kill()
 
     def test_a_terminal_that_goes_ends_it_well(self):
         server = serving.Server(self.host, '--standalone').start()
