@@ -95,8 +95,8 @@ class Driven:
         handler = self._handler
         while True:
             handler.close_connection, handler.answered = True, False
-            self.connection.settimeout(HEAD_S)
             try:
+                expect_head(handler)
                 handler.handle_one_request()
             except (ConnectionError, TimeoutError):
                 raise
@@ -109,8 +109,16 @@ class Driven:
                 handler.end()
                 return False
             self.connection.setblocking(False)  # a pipelined request may be in the buffer already
-            if not handler.rfile.peek(1):
+            waiting = handler.rfile.peek(1)
+            self.connection.settimeout(handler.timeout)
+            if not waiting:
                 return True
+
+
+def expect_head(handler):
+    """A client that has begun a request and does not end its head holds a thread: set a time-out for it."""
+    if b'\r\n\r\n' not in handler.rfile.peek(1):  # something has arrived, so this does not wait
+        handler.connection.settimeout(HEAD_S)
 
 
 SERVER = types.SimpleNamespace(server_name='localhost', server_port=80, server_address=('::', 80, 0, 0))
@@ -134,10 +142,10 @@ def drive(handler_class, runtime):
             super().finish()
 
         def parse_request(self):
-            try:
-                return super().parse_request()
-            finally:
+            parsed = super().parse_request()
+            if self.connection.gettimeout() != self.timeout:
                 self.connection.settimeout(self.timeout)
+            return parsed
 
         def send_response_only(self, code, message=None):
             self.answered = code >= 200
@@ -174,7 +182,7 @@ def wsgi(app):
 
     class Request(WSGIRequestHandler):
         def handle(self):
-            self.connection.settimeout(HEAD_S)
+            expect_head(self)
             self.raw_requestline = self.rfile.readline(65537)
             if not self.raw_requestline or not self.parse_request():
                 return
