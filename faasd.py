@@ -359,7 +359,7 @@ class Faasd:
         self.settings, self.standalone, self.events = settings, standalone, events
         self.emit = events.emit
         self._stack = contextlib.ExitStack()
-        self._stopping = threading.Event()
+        self._stopping, self._end = threading.Event(), os.eventfd(0, os.EFD_CLOEXEC)  # the second wakes the guard
         self._functions = {}  # id → (Function, Pool)
         self._changes, self._changed = 0, threading.Condition()  # how many are under way
         self._children = {}  # what standalone supervises: name → process
@@ -444,6 +444,7 @@ class Faasd:
         self._guard = threading.Thread(target=self._watch, name='guard', daemon=True)
         self._guard.start()
         undo(self._guard.join)
+        undo(os.eventfd_write, self._end, 1)
         undo(self._stopping.set)
         self.emit(
             'faasd',
@@ -948,8 +949,8 @@ class Faasd:
             netlink(NETLINK_NETFILTER, NFNLGRP_NFTABLES) as rules,
         ):
             for ticks in itertools.count():
-                changed = select.select([links, rules], [], [], TICK_S)[0]
-                if self._stopping.is_set():
+                changed = select.select([links, rules, self._end], [], [], TICK_S)[0]
+                if self._end in changed:
                     return
                 for each in changed:
                     with contextlib.suppress(OSError):
