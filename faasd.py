@@ -438,8 +438,10 @@ class Faasd:
         for function in self.registry.functions():
             self._open(function, self._folder(function, function.revision))
         self.zone.sync()
+        forwarders = settings['dns_forward'] or dns_manager.default_forwarders(server=registry.GATEWAY)
+        self.dns.write_corefile(forwarders)
         if self.standalone:
-            self._start_coredns()
+            self._start_coredns(forwarders)
         self._serve_api()
         self._guard = threading.Thread(target=self._watch, name='guard', daemon=True)
         self._guard.start()
@@ -554,9 +556,7 @@ class Faasd:
     def _take_down(self):
         self._attempt(self.vpn.take_down, self._children.pop('wireguard-go', None))
 
-    def _start_coredns(self):
-        forwarders = self.settings['dns_forward'] or dns_manager.default_forwarders(server=registry.GATEWAY)
-        self.dns.write_corefile(forwarders)
+    def _start_coredns(self, forwarders):
         self._stack.callback(self._stop_coredns)
         self._run_coredns()
         if self.dns.wait_served('ns', registry.GATEWAY, timeout_s=5):

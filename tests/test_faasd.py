@@ -774,6 +774,12 @@ class LivesOfAServer(unittest.TestCase):
             self.assertEqual('deployed, not yet in DNS', reply['warning'])  # CoreDNS is down
             problems = server.api('GET', '/api/health').json['problems']
             self.assertEqual(['dns'], [problem['area'] for problem in problems])
+            coredns = ['coredns', '-quiet', '-conf', '/etc/coredns/Corefile']
+            with self.host.popen(coredns, stdout=subprocess.DEVNULL) as dns:
+                self.addCleanup(dns.kill)
+                lab.wait_until(lambda: server.api('GET', '/api/health').json['status'] == 'ok', 10, 'CoreDNS')
+                self.assertIsNone(server.deploy('fibonacci', serving.example('fibonacci')).json['warning'])
+                dns.terminate()
             self.assertIn('0, 1, 1, 2', server.get(reply['ipv6']))
             self.host.run(['ip', 'link', 'delete', 'wg0'])
             lab.wait_until(lambda: server.printed('wg0 is gone'), 5, 'the event')
