@@ -282,7 +282,7 @@ class FaaSServer:
                 self._gate(listener, False)
                 return self._loop.later(0.1, self._gate, listener, True)
             # As another user's, it cannot join the listeners on port 80 by SO_REUSEPORT, should a function try.
-            os.fchown(connection.fileno(), container.NOBODY, -1)
+            os.fchown(connection.fileno(), image.NOBODY, -1)
             listener.pool.dispatch(connection)
 
 
@@ -893,23 +893,21 @@ class Faasd:
             if self._enroll is None:
                 try:
                     self._bind_enroll()
-                    sock = self._enroll_socket.dup()
-                    sock.listen(128)
+                    self._enroll = ControlServer(
+                        self._enroll_socket.dup(),
+                        lambda address: Caller('newcomer'),
+                        faasd=self,
+                        threads=32,
+                        timeout_s=5,
+                        deadline_s=10,
+                        most_each=4,
+                    )
                 except OSError as error:
                     raise RequestError(
                         503,
                         f'nobody could redeem it: tcp {self.settings["enroll_bind"]}: {error.strerror}',
                         'end what listens there, or set FAAS_ENROLL_BIND to another address',
                     ) from error
-                self._enroll = ControlServer(
-                    sock,
-                    lambda address: Caller('newcomer'),
-                    faasd=self,
-                    threads=32,
-                    timeout_s=5,
-                    deadline_s=10,
-                    most_each=4,
-                )
                 self.emit('vpn', f'Invites can be redeemed at tcp {self.settings["enroll_bind"]}')
 
     def _close_enroll(self, for_good=False):

@@ -292,9 +292,10 @@ class VPNManager:
             )
         if port != str(self.port):
             raise VPNError(f'{self.interface} listens on UDP port {port}, not on {self.port}', 'set FAAS_WG_PORT')
-        if not self._is_up():
+        up, addresses = self._link()
+        if not up:
             raise VPNError(f'{self.interface} is down', f'ip link set up dev {self.interface}')
-        if ipaddress.IPv6Address(self.gateway) not in self._addresses():
+        if ipaddress.IPv6Address(self.gateway) not in addresses:
             raise VPNError(
                 f'{self.interface} does not have the address {self.gateway}',
                 f"add 'Address = {self.gateway}/64' to {self._path(self.interface + '.conf')}",
@@ -349,18 +350,16 @@ class VPNManager:
         if process is not None:
             shell.finish(process)
 
-    def _is_up(self):
-        return 'UP' in json.loads(shell.run(['ip', '-json', 'link', 'show', 'dev', self.interface]).stdout)[0]['flags']
-
-    def _addresses(self):
-        """The IPv6 addresses on wg0."""
-        links = json.loads(shell.run(['ip', '-6', '-json', 'address', 'show', 'dev', self.interface]).stdout or '[]')
-        return {ipaddress.IPv6Address(info['local']) for link in links for info in link.get('addr_info', ())}
+    def _link(self):
+        """(True if wg0 is up, the IPv6 addresses on it)."""
+        (link,) = json.loads(shell.run(['ip', '-json', 'address', 'show', 'dev', self.interface]).stdout)
+        addresses = {ipaddress.IPv6Address(i['local']) for i in link['addr_info'] if i['family'] == 'inet6'}
+        return 'UP' in link['flags'], addresses
 
     def project_addresses(self, wanted):
         """Make wg0 hold just the function addresses `wanted`, beside its own."""
         functions = ipaddress.IPv6Network('fd00:faa5:1::/48')
-        actual = self._addresses()
+        _, actual = self._link()
         wanted = {ipaddress.IPv6Address(text): text for text in wanted}
         surplus = {address for address in actual if address in functions} - wanted.keys()
         missing = wanted.keys() - actual

@@ -29,7 +29,6 @@ PAUSE_S = 0.01  # between two turns of the copier: a function that floods its lo
 # programs begin to fail.
 ID_RANGE = 65536
 ID_SLOTS = 4096
-NOBODY = 65534
 
 # A passed socket is of the host's network, and its ioctl requests 0x8900 to 0x89ff list and change interfaces. The
 # kernel compares 64 bits but the request is the low 32: MASKED_EQ looks at those alone. The rest is what containers are

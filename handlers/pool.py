@@ -179,7 +179,7 @@ class Instance:
             if message[1:] != bytes((protocol.VERSION,)):
                 raise protocol.ProtocolError('another version')
             self._greeted = True
-        elif kind == protocol.READY and self._greeted and not self.kind:
+        elif kind == protocol.READY and self._greeted and self.kind is None:
             self.kind = text_of(message)
             if self.state == 'starting':
                 self.state = 'ready'

@@ -13,7 +13,6 @@ import unittest
 
 import registry
 import vpn_manager
-from handlers import container
 from tests import inside, lab, serving
 
 ADDRESS = 'fd00:faa5:1:0::a'
@@ -215,7 +214,7 @@ class PassedSocket(unittest.TestCase):
         def attack():
             self.kept = prepare()
             told = []
-            for owner in (0, container.NOBODY):
+            for owner in (0, inside.NOBODY):
                 with Stranger(join_a_listener) as stranger:
                     told.append(stranger.give(owner))
             return told

@@ -419,8 +419,6 @@ class OneServer(unittest.TestCase):
         lab.wait_until(lambda: len(os.listdir(self.host.path('/run/faasd/instances'))) == 1, 10, 'the old one to end')
 
     def test_clients_that_say_nothing_do_not_hold_a_function(self):
-
-
         ipv6 = self.deploy('patient', serving.example('fibonacci')).json['ipv6']
         half = (
             'import socket, sys, time\n'
