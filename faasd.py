@@ -107,6 +107,7 @@ SETTINGS = {  # name: (default, parser); docs/API.md has the same table, a test 
     'FAAS_MEMORY': ('256M', number(size, 16 << 20, 1 << 50)),
     'FAAS_PIDS': ('128', number(int, 8, 1 << 20)),
     'FAAS_CPUS': ('1', number(float, 0.01, 4096)),
+    'FAAS_CGROUP': ('', matching(r'(/[\w@.-]+)*', "a cgroup's path from the root")),
     'FAAS_ID_BASE': ('1879048192', number(int, 65536, (1 << 31) - container.ID_SLOTS * container.ID_RANGE)),
 }
 
@@ -392,21 +393,13 @@ class Faasd:
         self.registry = registry.Registry(f'{STATE}/registry.db')
         undo(self.registry.close)
         self.registry.abandon_stale()
-        self.vpn = vpn_manager.VPNManager(
-            self.emit,
-            registry.GATEWAY,
-            self._endpoint(),
-            settings['wg_interface'],
-            settings['wg_port'],
-            settings['nft_table'],
-        )
+        self.vpn = self._vpn_manager()
         self.dns = dns_manager.DNSZoneManager(self.registry.next_serial, self.emit, registry.GATEWAY)
         self.peers = registry.Projection(self._project_peers)
         self.zone = registry.Projection(lambda: self.dns.project({f.name: f.ipv6 for f in self.registry.functions()}))
         self.addresses = registry.Projection(lambda: self.vpn.project_addresses(self.registry.function_addresses()))
-        self.vpn.ensure_keys()
-        self.vpn.write_wg0_conf()
         self._end_leftovers()
+        self._prepare()
         if self.standalone:
             self._bring_up()
         self.vpn.check_interface()
@@ -416,7 +409,8 @@ class Faasd:
         self.peers.sync()
 
         limits = container.Limits(settings['memory'], settings['pids'], settings['cpus'])
-        containers = container.Containers(f'faas-{self.registry.instance}', limits, RUN, settings['id_base'])
+        prefix = f'faas-{self.registry.instance}'
+        containers = container.Containers(prefix, limits, RUN, settings['id_base'], settings['cgroup'])
         undo(containers.close)
         containers.prepare()
         self.vpn.load_rules()  # before the first listener, until after the last instance
@@ -454,6 +448,28 @@ class Faasd:
             f'endpoint {vpn_manager.join_endpoint(*self._endpoint_parts())}',
         )
 
+    def prepare(self):
+        """Make keys and wg0.conf, which wg-quick needs before faasd can run. Raises as start() does."""
+        with self._stack:
+            os.makedirs(RUN, exist_ok=True)
+            self.vpn = self._vpn_manager()
+            try:
+                self._claim_state()
+            except StartError:  # it runs: what it holds is ours
+                self.vpn.write_wg0_conf()
+            else:
+                self._prepare()
+
+    def _prepare(self):
+        self.vpn.check_host()
+        ports = [(socket.SOCK_STREAM, 80), (socket.SOCK_STREAM, CONTROL_PORT)]
+        if not self.vpn.index():  # else it may be our CoreDNS that holds it
+            ports += [(socket.SOCK_DGRAM, 53), (socket.SOCK_STREAM, 53)]
+        for kind, port in ports:
+            vpn_manager.refuse_taken(kind, registry.GATEWAY, port, 'let it listen on addresses of its own, not on [::]')
+        self.vpn.ensure_keys()
+        self.vpn.write_wg0_conf()
+
     def _claim_state(self):
         """One faasd for each state directory: the lock lasts as long as the process."""
         self._lock = os.open(f'{RUN}/faasd.lock', os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -462,6 +478,10 @@ class Faasd:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StartError('another faasd runs on this host', 'end it first') from error
+
+    def _vpn_manager(self):
+        names = (self.settings[name] for name in ('wg_interface', 'wg_port', 'nft_table'))
+        return vpn_manager.VPNManager(self.emit, registry.GATEWAY, self._endpoint(), *names)
 
     def _endpoint(self):
         endpoint = self.settings['vpn_endpoint']
@@ -1421,18 +1441,14 @@ def main():
     parser.add_argument(
         '--standalone', action='store_true', help='make keys, bring up wg0 and CoreDNS, take them down on exit'
     )
+    parser.add_argument(
+        '--prepare', action='store_true', help='only make what wg-quick needs: keys and wg0.conf, if wg0 can be ours'
+    )
     arguments = parser.parse_args()
-    ending, events = termination(), Events()
+    ending = termination()
     try:
-        if os.geteuid() != 0:
-            raise StartError('faasd needs root', 'sudo python3 faasd.py')
-        needed = ('ip', 'wg', 'nft', 'runc') + (('coredns',) if arguments.standalone else ())
-        missing = [program for program in needed if not shell.installed(program)]
-        if missing:
-            raise StartError(f'not installed: {", ".join(missing)}', "'make deps' installs what is missing")
-        prepare_process()
-        faasd = Faasd(read_settings(os.environ), arguments.standalone, events)
-        faasd.start()
+        with contextlib.closing(Events()) as events:
+            run(arguments, ending, events)
     except (
         StartError,
         vpn_manager.VPNError,
@@ -1441,16 +1457,30 @@ def main():
         OSError,
         sqlite3.Error,
     ) as error:
-        events.close()
         hint = getattr(error, 'hint', None)
         print(f'faasd: {error}{f" ({hint})" if hint else ""}', file=sys.stderr)
         return 1
+    return 0
+
+
+def run(arguments, ending, events):
+    """faasd from its start until `ending` can be read from."""
+    if os.geteuid() != 0:
+        raise StartError('faasd needs root', 'sudo python3 faasd.py')
+    needed = ('ip', 'wg', 'nft', 'runc') + (('coredns',) if arguments.standalone or arguments.prepare else ())
+    missing = [program for program in needed if not shell.installed(program)]
+    if missing:
+        raise StartError(f'not installed: {", ".join(missing)}', "'make deps' installs what is missing")
+    prepare_process()
+    faasd = Faasd(read_settings(os.environ), arguments.standalone, events)
+    if arguments.prepare:
+        return faasd.prepare()
+    faasd.start()
     notify('READY=1')
     os.read(ending, 1)
-    notify('STOPPING=1')
+    # systemd's own limit knows nothing of FAAS_STOP_TIMEOUT.
+    notify(f'STOPPING=1\nEXTEND_TIMEOUT_USEC={int((faasd.settings["stop_timeout"] + 60) * 1_000_000)}')
     faasd.stop()
-    events.close()
-    return 0
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import contextlib
+import errno
 import ipaddress
 import json
 import os
@@ -12,7 +13,9 @@ import time
 
 import shell
 
+RANGE = 'fd00:faa5::/32'
 HANDSHAKE_FRESH_S = 180  # WireGuard's REJECT_AFTER_TIME: no session is older
+IPV6_FREEBIND = 78  # linux/in6.h
 MARK = 0xFAA5  # on every socket that is handed out; see RULES
 
 WG0_CONF = """\
@@ -173,16 +176,17 @@ class VPNManager:
         shell.write_file(public, derived)
 
     def write_wg0_conf(self):
-        """Write wg0.conf in the document's form if there is none."""
-        path = self._path(f'{self.interface}.conf')
-        if not os.path.exists(path):
-            shell.write_file(
-                path,
-                WG0_CONF.format(
-                    gateway=self.gateway, port=self.port, private_key=self._private_key(), peers_dir=self.peers_dir
-                ),
-                mode=0o600,
-            )
+        """Write wg0.conf in the document's form if there is none; one that we wrote gets the port of now."""
+        wanted = WG0_CONF.format(
+            gateway=self.gateway, port=self.port, private_key=self._private_key(), peers_dir=self.peers_dir
+        )
+        try:
+            found = _read(self._conf)
+        except FileNotFoundError:
+            found = ''
+        ours = re.sub(r'^ListenPort = \d+$', f'ListenPort = {self.port}', found, flags=re.M) == wanted
+        if found != wanted and (ours or not found):
+            shell.write_file(self._conf, wanted, mode=0o600)
 
     def get_server_public_key(self):
         return _read(self._path('server_public.key')).strip()
@@ -199,6 +203,10 @@ class VPNManager:
 
     def _path(self, name):
         return os.path.join(self._directory, name)
+
+    @property
+    def _conf(self):
+        return self._path(f'{self.interface}.conf')
 
     # Peers
 
@@ -272,6 +280,64 @@ class VPNManager:
             return socket.if_nametoindex(self.interface)
         return 0
 
+    def check_host(self):
+        """Raise VPNError if this host has no room for our wg0: somebody else's, a port or addresses in use, no IPv6.
+
+        Changes nothing.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            found = re.search(r'^\s*PrivateKey\s*=\s*(\S+)', _read(self._conf), re.I | re.M)
+            if found and found[1] != self._own_key('server_private.key'):
+                raise self._foreign(f'{self._conf} has another key')
+        if self.index():
+            self._check_key()
+        else:
+            self.check_port()
+        with contextlib.suppress(FileNotFoundError):
+            if _read('/proc/sys/net/ipv6/conf/default/disable_ipv6').strip() == '0':
+                return self._check_range()
+        raise VPNError('IPv6 is switched off on this host', 'sysctl -w net.ipv6.conf.default.disable_ipv6=0')
+
+    def _own_key(self, name):
+        try:
+            return _read(self._path(name)).strip()
+        except FileNotFoundError:
+            return None
+
+    def _foreign(self, why):
+        return VPNError(
+            f"{self.interface} is not faasd's: {why} than {self._path('server_private.key')} has",
+            'set FAAS_WG_INTERFACE to another name, such as wg1',
+        )
+
+    def _check_key(self):
+        try:
+            key = self._show('public-key')
+        except shell.CommandError as error:
+            raise VPNError(
+                f'{self.interface} is no WireGuard interface', 'set FAAS_WG_INTERFACE to another name'
+            ) from error
+        if key == '(none)':
+            raise VPNError(f'{self.interface} has no key yet', f'wg-quick@{self.interface} gives it one')
+        if key != self._own_key('server_public.key'):
+            raise self._foreign('it runs with another key')
+
+    def check_port(self):
+        """Raise VPNError if the UDP port is taken."""
+        for any_address in ('0.0.0.0', '::'):
+            refuse_taken(socket.SOCK_DGRAM, any_address, self.port, 'end that program, or set FAAS_WG_PORT')
+
+    def _check_range(self):
+        show = [json.loads(shell.run(['ip', '-json', '-6', *what]).stdout or '[]') for what in (
+            ['address', 'show', 'to', RANGE], ['route', 'show', 'root', RANGE])]
+        taken = {item['ifname']: item['addr_info'][0]['local'] for item in show[0] if item}
+        taken |= {item['dev']: item['dst'] for item in show[1] if 'dev' in item}
+        for interface in taken.keys() - {self.interface, 'lo'}:
+            raise VPNError(
+                f'{RANGE} is in use on this host: {interface} has {taken[interface]}',
+                f"take {interface} down; if that was faasd's interface: FAAS_WG_INTERFACE={interface}",
+            )
+
     def check_interface(self):
         """Raise VPNError unless wg0 is up, a WireGuard interface, with our key and port and the gateway address."""
         if not self.index():
@@ -279,31 +345,26 @@ class VPNManager:
                 f'there is no interface {self.interface}',
                 f"bring it up (systemctl start wg-quick@{self.interface}), or run 'faasd.py --standalone', which does",
             )
-        try:
-            key, port = self._show('public-key'), self._show('listen-port')
-        except shell.CommandError as error:
-            raise VPNError(
-                f'{self.interface} is no WireGuard interface', 'set FAAS_WG_INTERFACE to another name'
-            ) from error
-        if key != self.get_server_public_key():
-            raise VPNError(
-                f'{self.interface} runs with another key than {self._path("server_private.key")}',
-                f'put that key into {self._path(self.interface + ".conf")} and restart wg-quick@{self.interface}',
-            )
+        self._check_key()
+        port = self._show('listen-port')
         if port != str(self.port):
-            raise VPNError(f'{self.interface} listens on UDP port {port}, not on {self.port}', 'set FAAS_WG_PORT')
+            raise VPNError(
+                f'{self.interface} listens on UDP port {port}, not on {self.port}',
+                f'set FAAS_WG_PORT, or correct {self._conf} and restart wg-quick@{self.interface}',
+            )
         up, addresses = self._link()
         if not up:
             raise VPNError(f'{self.interface} is down', f'ip link set up dev {self.interface}')
         if ipaddress.IPv6Address(self.gateway) not in addresses:
             raise VPNError(
                 f'{self.interface} does not have the address {self.gateway}',
-                f"add 'Address = {self.gateway}/64' to {self._path(self.interface + '.conf')}",
+                f"add 'Address = {self.gateway}/64' to {self._conf}",
             )
 
     def bring_up(self):
         """Make wg0 by the kernel, else by wireguard-go; return wireguard-go's process, or None. Raises VPNError."""
         process = None
+        self.check_port()
         try:
             shell.run(['ip', 'link', 'add', self.interface, 'type', 'wireguard'])
         except shell.CommandError as error:
@@ -323,16 +384,8 @@ class VPNManager:
         try:
             self._reload_wireguard([])
             self.set_up()
-        except shell.CommandError as error:
+        except shell.CommandError:
             self.take_down(process)
-            if 'Address already in use' in error.stderr:
-                raise VPNError(
-                    f'UDP port {self.port} is in use', 'end what listens there, or set FAAS_WG_PORT to another'
-                ) from error
-            if 'Permission denied' in error.stderr:
-                raise VPNError(
-                    'IPv6 is switched off on this host', 'sysctl -w net.ipv6.conf.all.disable_ipv6=0'
-                ) from error
             raise
         return process
 
@@ -413,6 +466,26 @@ def private_file(text):
         file.write(text)
         file.flush()
         yield f'/proc/{os.getpid()}/fd/{file.fileno()}'
+
+
+def refuse_taken(kind, address, port, hint):
+    """Raise VPNError if `port` of that kind (SOCK_STREAM, SOCK_DGRAM) is taken on an address that may not be here yet."""
+    family = socket.AF_INET6 if ':' in address else socket.AF_INET
+    with socket.socket(family, kind | socket.SOCK_CLOEXEC) as sock:
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.setsockopt(socket.IPPROTO_IPV6, IPV6_FREEBIND, 1)
+        if kind == socket.SOCK_STREAM:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what has ended does not count
+        try:
+            sock.bind((address, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                return
+            name = 'TCP' if kind == socket.SOCK_STREAM else 'UDP'
+            holders = shell.run(['ss', '-Hlnp', f'--{name.lower()}', f'sport = :{port}'], ok=range(256)).stdout
+            holder = re.search(r'\(\("([^"]+)"', holders)
+            raise VPNError(f'{name} port {port} is in use{f" by {holder[1]}" if holder else ""}', hint) from error
 
 
 def default_address():

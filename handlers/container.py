@@ -95,8 +95,9 @@ class ContainerError(Exception):
 class Containers:
     """Makes and removes the containers of one server; `prefix` tells them from another server's on the same kernel."""
 
-    def __init__(self, prefix, limits, run_dir='/run/faasd', id_base=0x70000000):
+    def __init__(self, prefix, limits, run_dir='/run/faasd', id_base=0x70000000, cgroup=''):
         self.prefix, self.limits, self._id_base = prefix, limits, id_base
+        self._cgroup = f'{cgroup}/{prefix}'
         self._rootfs, self._instances = os.path.join(run_dir, 'rootfs'), os.path.join(run_dir, 'instances')
         self._runc = ('runc', '--root', os.path.join(run_dir, 'runc'))
         self._slots, self._lock = set(), threading.Lock()
@@ -225,8 +226,8 @@ class Containers:
         root = '/sys/fs/cgroup'
         with contextlib.suppress(OSError):
             for where in [root] + [entry.path for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)]:
-                if os.path.isdir(os.path.join(where, self.prefix)):
-                    yield os.path.join(where, self.prefix)
+                if os.path.isdir(where + self._cgroup):
+                    yield where + self._cgroup
 
     def _remove_cgroups(self):
         for where in self._cgroups():
@@ -313,7 +314,7 @@ class Containers:
                 'namespaces': [{'type': kind} for kind in ('pid', 'mount', 'ipc', 'uts', 'network', 'user', 'cgroup')],
                 'uidMappings': ids,
                 'gidMappings': ids,
-                'cgroupsPath': f'/{self.prefix}/{ident}',
+                'cgroupsPath': f'{self._cgroup}/{ident}',
                 'resources': resources,
                 'seccomp': SECCOMP,
                 'maskedPaths': [

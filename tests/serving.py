@@ -149,6 +149,24 @@ def standalone(host, **settings):
     assert code == 0, f'faasd ended with {code}:\n' + ''.join(server.lines[-40:])
 
 
+@contextlib.contextmanager
+def holding(host, kind, port):
+    """Another program of the host has the port on every address; kind is TCP or UDP."""
+    program = (
+        'import socket, time\n'
+        f'sock = socket.socket(socket.AF_INET6, socket.{"SOCK_STREAM" if kind == "TCP" else "SOCK_DGRAM"})\n'
+        f'sock.bind(("::", {port}))\n'
+        f'{"sock.listen()" if kind == "TCP" else ""}\n'
+        'time.sleep(600)'
+    )
+    with host.popen(['/usr/bin/python3', '-c', program]) as other:
+        try:
+            lab.wait_until(lambda: f':{port} ' in host.run(['ss', '-Hln', f'--{kind.lower()}']).stdout, 5, 'it')
+            yield
+        finally:
+            other.kill()
+
+
 EXAMPLES = pathlib.Path(lab.REPO, 'handlers')
 
 

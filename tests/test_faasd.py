@@ -759,8 +759,11 @@ class LivesOfAServer(unittest.TestCase):
         self.assertRegex(refusal(), r'^faasd: there is no interface wg0 \(.*wg-quick@wg0.*\)\n$')
         self.host.run(['ip', 'tuntap', 'add', 'wg0', 'mode', 'tun'])
         self.assertRegex(refusal(), r'^faasd: wg0 is no WireGuard interface \(.*FAAS_WG_INTERFACE.*\)\n$')
+        self.host.run(['ip', 'link', 'delete', 'wg0'])
+        self.host.run(['wg-quick', 'up', 'wg0'])
         self.assertRegex(refusal('--standalone'), r'^faasd: there is an interface wg0 already \(.*\)\n$')
         self.assertEqual('', self.host.run(['nft', 'list', 'ruleset']).stdout)
+        self.host.run(['ip', 'link', 'delete', 'wg0'])
 
     def test_the_documents_command_on_a_prepared_wg0(self):
         """sudo python3 faasd.py: wg-quick brought wg0 up and CoreDNS runs; both outlive faasd."""
@@ -811,15 +814,57 @@ class LivesOfAServer(unittest.TestCase):
         self.assertRegex(refused, 'listens on UDP port 51999, not on 51820 .set FAAS_WG_PORT')
         self.host.run(['ip', 'link', 'delete', 'wg0'])
 
-    def test_a_port_of_wireguards_in_use_is_a_clear_error(self):
-        taken = 'import socket, time\ns = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)\ns.bind(("::", 51820))\n'
-        with self.host.popen(['/usr/bin/python3', '-c', taken + 'time.sleep(60)']) as other:
-            self.addCleanup(other.kill)
-            lab.wait_until(lambda: ':51820' in self.host.run(['ss', '-Hlun']).stdout, 5, 'the other program')
-            refused = self.host.run(['/usr/bin/python3', 'faasd.py', '--standalone'], ok=(1,))
-            self.assertRegex(refused.stderr, r'^faasd: UDP port 51820 is in use \(.*FAAS_WG_PORT.*\)\n$')
-            self.assertNotIn('wg0', self.host.run(['ip', 'link']).stdout)
-            other.kill()
+    def test_a_port_in_use_is_named_with_who_holds_it_and_nothing_is_made(self):
+        for kind, port, hint in (
+            ('UDP', 51820, 'FAAS_WG_PORT'), ('UDP', 53, 'of its own'), ('TCP', 53, 'of its own'),
+            ('TCP', 80, 'of its own'), ('TCP', 8080, 'of its own'),
+        ):
+            for how in ('--standalone', '--prepare'):
+                with self.subTest(kind=kind, port=port, how=how), serving.holding(self.host, kind, port):
+                    refused = self.host.run(['/usr/bin/python3', 'faasd.py', how], ok=(1,))
+                    said = rf'^faasd: {kind} port {port} is in use by python3 \(.*{hint}.*\)\n$'
+                    self.assertRegex(refused.stderr, said)
+                    self.assertNotIn('wg0', self.host.run(['ip', 'link']).stdout)
+                    self.assertEqual([], os.listdir(self.host.path('/etc/wireguard')))
+
+    def test_addresses_in_use_on_another_interface_are_named(self):
+        self.host.run(['ip', 'link', 'add', 'other', 'type', 'veth', 'peer', 'name', 'end'])
+        self.host.run(['ip', 'address', 'add', 'fd00:faa5:1:0::7/128', 'dev', 'other'])
+        refused = self.host.run(['/usr/bin/python3', 'faasd.py', '--standalone'], ok=(1,)).stderr
+        self.assertIn('faasd: fd00:faa5::/32 is in use on this host: other has fd00:faa5:1::7 (take other down', refused)
+        self.host.run(['ip', 'address', 'flush', 'dev', 'other'])
+        self.host.run(['ip', 'link', 'set', 'other', 'up'])
+        self.host.run(['ip', 'route', 'add', 'fd00:faa5:3::/48', 'dev', 'other'])
+        refused = self.host.run(['/usr/bin/python3', 'faasd.py', '--prepare'], ok=(1,)).stderr
+        self.assertIn('in use on this host: other has fd00:faa5:3::/48', refused)
+        self.assertEqual([], os.listdir(self.host.path('/etc/wireguard')))
+
+    def test_a_wg0_that_is_not_ours_is_left_alone(self):
+        self.host.path('/etc/wireguard/wg0.conf').write_text(f'[Interface]\nPrivateKey = {key()}\n')
+        for how in ('--standalone', '--prepare'):
+            refused = self.host.run(['/usr/bin/python3', 'faasd.py', how], ok=(1,)).stderr
+            self.assertRegex(refused, r"^faasd: wg0 is not faasd's: .*wg0.conf .*\(set FAAS_WG_INTERFACE.*\)\n$")
+            self.assertEqual(['wg0.conf'], os.listdir(self.host.path('/etc/wireguard')))
+
+    def test_prepare_makes_what_wg_quick_needs_and_follows_the_port(self):
+        env = {'FAAS_VPN_ENDPOINT': 'faas.example.com'}
+        prepare = ['/usr/bin/python3', 'faasd.py', '--prepare']
+        self.host.run(prepare, env=env)
+        conf = self.host.path('/etc/wireguard/wg0.conf')
+        first = conf.read_text()
+        self.host.run(prepare, env=env)
+        self.assertEqual(first, conf.read_text())
+        self.host.run(prepare, env={**env, 'FAAS_WG_PORT': '51999'})
+        self.assertEqual(first.replace('51820', '51999'), conf.read_text())
+        conf.write_text(first + '# mine\n')
+        self.host.run(prepare, env={**env, 'FAAS_WG_PORT': '51999'})
+        self.assertEqual(first + '# mine\n', conf.read_text())
+        self.assertFalse(self.host.path('/var/lib/faasd').exists())
+
+    def test_ipv6_switched_off_is_said(self):
+        self.host.run(['sysctl', '-qw', 'net.ipv6.conf.default.disable_ipv6=1'])
+        refused = self.host.run(['/usr/bin/python3', 'faasd.py', '--standalone'], ok=(1,)).stderr
+        self.assertEqual('faasd: IPv6 is switched off on this host (sysctl -w net.ipv6.conf.default.disable_ipv6=0)\n', refused)
 
     def test_a_terminal_that_goes_ends_it_well(self):
         server = serving.Server(self.host, '--standalone').start()
@@ -848,15 +893,14 @@ class LivesOfAServer(unittest.TestCase):
         self.assertEqual(['faasd.lock'], os.listdir(self.host.path('/run/faasd')))
 
     def test_coredns_that_cannot_start_says_why(self):
-        taken = 'import socket, time\ns = socket.create_server(("::", 53), family=socket.AF_INET6)\ntime.sleep(60)'
-        with self.host.popen(['/usr/bin/python3', '-c', taken]) as other:
-            self.addCleanup(other.kill)
-            lab.wait_until(lambda: ':53 ' in self.host.run(['ss', '-Htln']).stdout, 5, 'the other server')
-            with serving.standalone(self.host) as server:
-                self.assertFalse(server.printed('CoreDNS answers'))
-                lab.wait_until(lambda: server.printed('address already in use'), 10, 'the reason')
-                self.assertEqual('degraded', server.api('GET', '/api/health').json['status'])
-            other.kill()
+        with serving.standalone(self.host) as server:
+            server.stop()
+            self.host.path('/etc/coredns/Corefile').write_text('faas:53 {\n    no_such_plugin\n}\n')
+            server.lines.clear()
+            server.start()
+            self.assertFalse(server.printed('CoreDNS answers'))
+            lab.wait_until(lambda: server.printed("Unknown directive 'no_such_plugin'"), 10, 'the reason')
+            self.assertEqual('degraded', server.api('GET', '/api/health').json['status'])
 
     def test_it_refuses_a_second_one_and_does_not_run_without_root(self):
         with serving.standalone(self.host):
@@ -899,14 +943,10 @@ class LivesOfAServer(unittest.TestCase):
             self.assertIn(':51820', self.host.run(['ss', '-Htln']).stdout)
 
     def test_an_enroll_port_in_use_is_a_clear_error(self):
-        listen = 'import socket, time\ns = socket.create_server(("", 51820))\ntime.sleep(60)'
-        with self.host.popen(['/usr/bin/python3', '-c', listen]) as taken:
-            lab.wait_until(lambda: ':51820' in self.host.run(['ss', '-Htln']).stdout, 5, 'the other listener')
-            with serving.standalone(self.host) as server:
-                reply = server.api('POST', '/api/vpn/invite', {})
-                self.assertEqual(503, reply.status)
-                self.assertIn('FAAS_ENROLL_BIND', reply.json['hint'])
-            taken.kill()
+        with serving.holding(self.host, 'TCP', 51820), serving.standalone(self.host) as server:
+            reply = server.api('POST', '/api/vpn/invite', {})
+            self.assertEqual(503, reply.status)
+            self.assertIn('FAAS_ENROLL_BIND', reply.json['hint'])
 
     def test_stop_does_not_wait_for_those_who_hold_the_api(self):
         with serving.standalone(self.host) as server, contextlib.ExitStack() as held:
