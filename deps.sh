@@ -67,6 +67,8 @@ missing_packages() {
     [ "$purpose" = test ] || return 0
     have dig || echo bind9-dnsutils
     have ps || echo procps
+    have debootstrap || echo debootstrap
+    have systemd-nspawn || echo systemd-container
 }
 
 coredns_suffices() {

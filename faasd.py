@@ -46,6 +46,7 @@ from handlers.loop import Loop
 
 STATE = '/var/lib/faasd'
 RUN = '/run/faasd'
+LOCK = f'{RUN}/faasd.lock'
 CONTROL_PORT = 8080
 WIREGUARD_PORT = 51820
 ENV_FILE = '/etc/faasd/faasd.env'
@@ -451,10 +452,10 @@ class Faasd:
     def prepare(self):
         """Make keys and wg0.conf, which wg-quick needs before faasd can run. Raises as start() does."""
         with self._stack:
-            os.makedirs(RUN, exist_ok=True)
             self.vpn = self._vpn_manager()
             try:
-                self._claim_state()
+                if os.path.exists(LOCK):
+                    self._claim_state()
             except StartError:  # it runs: what it holds is ours
                 self.vpn.write_wg0_conf()
             else:
@@ -472,7 +473,7 @@ class Faasd:
 
     def _claim_state(self):
         """One faasd for each state directory: the lock lasts as long as the process."""
-        self._lock = os.open(f'{RUN}/faasd.lock', os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        self._lock = os.open(LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self._stack.callback(os.close, self._lock)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,6 +1,6 @@
 #!/bin/sh
-# `make install` and `make uninstall`: faasd as services of systemd. Settings: DESTDIR and PREFIX as usual, UNITDIR;
-# FAAS_VPN_ENDPOINT for a faasd.env that is not there yet; PURGE=1 takes data and keys away as well.
+# `make install` and `make uninstall`: faasd as services of systemd. DESTDIR and PREFIX as usual, and UNITDIR; settings
+# (FAAS_VPN_ENDPOINT=…) go into faasd.env if there is none yet. PURGE=1 takes data and keys away as well.
 set -eu
 cd "$(dirname "$0")"
 export PYTHONDONTWRITEBYTECODE=1                    # a root's __pycache__ would stay in somebody's checkout
@@ -73,16 +73,14 @@ install_units() {
 }
 
 install_env() {
-    if [ -e "$destdir$env_file" ]; then
-        [ -z "${FAAS_VPN_ENDPOINT-}" ] || grep -qxF "FAAS_VPN_ENDPOINT=$FAAS_VPN_ENDPOINT" "$destdir$env_file" ||
-            say "kept $env_file as it is: FAAS_VPN_ENDPOINT=$FAAS_VPN_ENDPOINT is yours to write there"
+    given=$(env | grep -E '^FAAS_[A-Z_]+=' || true)
+    if [ ! -e "$destdir$env_file" ]; then
+        { cat systemd/faasd.env; echo "$given"; } | install -D -m 644 /dev/stdin "$destdir$env_file"
         return
     fi
-    if [ -n "${FAAS_VPN_ENDPOINT-}" ]; then
-        sed "s|^#FAAS_VPN_ENDPOINT=.*|FAAS_VPN_ENDPOINT=$FAAS_VPN_ENDPOINT|" systemd/faasd.env
-    else
-        cat systemd/faasd.env
-    fi | install -D -m 644 /dev/stdin "$destdir$env_file"
+    echo "$given" | while read -r setting; do
+        grep -qxF -e "$setting" "$destdir$env_file" || say "kept $env_file as it is; $setting is yours to write there"
+    done
 }
 
 install_all() {
@@ -119,7 +117,7 @@ start() {                                           # start INTERFACE-BEFORE
     # shellcheck disable=SC2086
     systemctl restart $services || failed $services
     say "faasd runs and starts at boot; its log: journalctl -u faasd"
-    say "next: faas new fibonacci; faas vpn invite (as root, or in the group faas)"
+    say "next: sudo faas new fibonacci; sudo faas vpn invite"
 }
 
 failed() {                                          # failed UNIT…
@@ -147,6 +145,8 @@ uninstall_all() {
     if [ -z "$destdir" ]; then
         if getent group faas >/dev/null; then groupdel faas; fi
         rm -rf /run/faasd
+        # systemd knows nothing of those that runc made in hierarchies of its own choice (cgroup version 1).
+        find /sys/fs/cgroup -depth -type d -path '*/faas.slice*' -exec rmdir {} + 2>/dev/null || true
     fi
     if [ "${PURGE-}" = 1 ]; then
         purge

@@ -53,7 +53,7 @@ table inet {table} {{
     ip6 daddr fd00:faa5:1::/48 tcp dport 80 accept
     ip6 daddr {gateway} meta l4proto {{ 6, 17 }} th dport 53 accept
     ip6 daddr {gateway} tcp dport 8080 accept
-    counter drop
+    counter reject
   }}
   chain output {{ type filter hook output priority filter; policy accept;
     meta mark {mark:#x} tcp flags & (syn | ack) == syn counter drop
@@ -469,7 +469,7 @@ def private_file(text):
 
 
 def refuse_taken(kind, address, port, hint):
-    """Raise VPNError if `port` of that kind (SOCK_STREAM, SOCK_DGRAM) is taken on an address that may not be here yet."""
+    """Raise VPNError if `port` of that kind (SOCK_STREAM, SOCK_DGRAM) is taken; `address` may not be here yet."""
     family = socket.AF_INET6 if ':' in address else socket.AF_INET
     with socket.socket(family, kind | socket.SOCK_CLOEXEC) as sock:
         if family == socket.AF_INET6:

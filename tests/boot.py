@@ -6,17 +6,17 @@ The tree is made once by debootstrap and kept in CACHE; a machine writes into an
 import fcntl
 import hashlib
 import pathlib
+import re
 import shutil
 import subprocess
-import unittest
 
 from tests import lab
 
 CACHE = pathlib.Path('/var/cache/faasd-test')
 MIRROR = 'http://deb.debian.org/debian'
 PACKAGES = [
-    *('systemd', 'systemd-sysv', 'systemd-resolved', 'dbus', 'sudo', 'git', 'make', 'python3', 'ca-certificates', 'curl'),
-    *('iproute2', 'iputils-ping', 'wireguard-tools', 'wireguard-go', 'runc', 'nftables', 'procps'),
+    *('systemd', 'systemd-sysv', 'systemd-resolved', 'dbus', 'sudo', 'git', 'make', 'python3', 'ca-certificates'),
+    *('iproute2', 'iputils-ping', 'curl', 'wireguard-tools', 'wireguard-go', 'runc', 'nftables', 'procps'),
     *('bind9-dnsutils', 'traceroute'),
 ]
 # What a machine needs beside its packages. nspawn shows cgroups of version 1 read-only, and runc writes there.
@@ -35,11 +35,22 @@ WantedBy=sysinit.target
     'etc/systemd/system.conf.d/quick.conf': '[Manager]\nDefaultTimeoutStopSec=20s\n',
 }
 REBOOTS = 133  # nspawn's exit code asks for that
+# Runs "$@" in cgroups of its own, named $0, in each hierarchy; the keeper of the lab's host removes them.
+IN_CGROUPS = '''
+[ -e /sys/fs/cgroup/cgroup.controllers ] && tops=/sys/fs/cgroup || tops=$(echo /sys/fs/cgroup/*/)
+for top in $tops; do
+    mkdir -p "$top/$0"
+    for each in cpuset.cpus cpuset.mems; do [ ! -e "$top/$0/$each" ] || cat "$top/$each" >"$top/$0/$each"; done
+    echo 0 >"$top/$0/cgroup.procs"
+done
+exec "$@"
+'''
+SERVER_NAME = 'faas.example.com'
 SERVER, LAPTOP = '203.0.113.10', '203.0.113.20'
 
 
 def tree():
-    """The path of the tree, which is made if need be. Raises SkipTest when no Debian can be had."""
+    """The path of the tree, which is made if need be. Raises RuntimeError when no Debian can be had."""
     recipe = hashlib.sha256(repr((PACKAGES, FILES)).encode()).hexdigest()[:12]
     made = CACHE / f'debian12-{recipe}'
     CACHE.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -55,34 +66,20 @@ def tree():
 
 def _make(where):
     print('making a Debian 12 tree, once, which takes a minute or two', flush=True)
-    done = subprocess.run(
-        ['debootstrap', '--variant=minbase', f'--include={",".join(PACKAGES)}', 'bookworm', where, MIRROR],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    debootstrap = ['debootstrap', '--variant=minbase', f'--include={",".join(PACKAGES)}', 'bookworm', where, MIRROR]
+    done = subprocess.run(debootstrap, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True)
     if done.returncode:
-        raise unittest.SkipTest('no Debian tree can be made here: ' + done.stdout.strip().splitlines()[-1])
+        raise RuntimeError('no Debian tree can be made here: ' + done.stdout.strip().splitlines()[-1])
     for name, text in FILES.items():
         (where / name).parent.mkdir(parents=True, exist_ok=True)
         (where / name).write_text(text)
-    chroot = ['chroot', where]
-    subprocess.run([*chroot, 'useradd', '--create-home', '--shell=/bin/bash', 'joe'], check=True)
-    subprocess.run([*chroot, 'systemctl', 'enable', '--quiet', 'writable-cgroups', 'systemd-networkd'], check=True)
-    subprocess.run(
-        [
-            *chroot,
-            'systemctl',
-            'mask',
-            '--quiet',
-            'console-getty',
-            'getty@tty1',
-            'apt-daily.timer',
-            'apt-daily-upgrade.timer',
-        ],
-        check=True,
-    )
+    for command in (
+        'useradd --create-home --shell=/bin/bash joe',
+        'systemctl --quiet enable writable-cgroups systemd-networkd',
+        'systemctl --quiet mask console-getty getty@tty1 apt-daily.timer apt-daily-upgrade.timer',
+    ):
+        subprocess.run(['chroot', where, *command.split()], check=True)
     shutil.copy(shutil.which('coredns'), where / 'usr/local/bin/coredns')
     (where / 'etc/machine-id').write_text('')
 
@@ -105,6 +102,7 @@ class Machine:
             ]
         )
         self.write('/etc/hostname', f'{name}\n')
+        self.write('/etc/hosts', f'127.0.0.1 localhost\n127.0.1.1 {name}\n{SERVER} {SERVER_NAME}\n')
         self.write(
             '/etc/systemd/network/10-host0.network',
             f'[Match]\nName=host0\n[Network]\nAddress={address}/24\nLinkLocalAddressing=ipv6\nIPv6AcceptRA=no\n',
@@ -122,52 +120,43 @@ class Machine:
 
     def boot(self):
         """Start it and wait until systemd says that it is up."""
-        self._nspawn = self.lan.popen(
-            [
-                'systemd-nspawn',
-                '--quiet',
-                '--register=no',
-                '--keep-unit',
-                '--network-bridge=lan0',
-                '--boot',
-                f'--directory={self.root}',
-                f'--machine={self.name}',
-                '--capability=all',
-                '--bind=/dev/net/tun',
-                '--kill-signal=SIGRTMIN+3',
-                '--resolv-conf=off',
-                '--timezone=off',
-                '--console=passive',
-            ],
-            cwd='/',
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self._wait_up()
-
-    def _wait_up(self):
-        self._leader = lab.wait_until(self._find_leader, 20, f'{self.name} to boot')
+        self._log = self.lan.path(f'{self.root}.log')
+        with open(self._log, 'w') as log:
+            self._nspawn = self.lan.popen(
+                ['sh', '-c', IN_CGROUPS, lab.cgroup(self.lan.pid, self.name),
+                 'systemd-nspawn', '--quiet', '--register=no', '--keep-unit', '--boot', '--network-bridge=lan0',
+                 f'--machine={self.name}', f'--directory={self.root}', '--capability=all', '--bind=/dev/net/tun',
+                 '--kill-signal=SIGRTMIN+3', '--resolv-conf=off', '--timezone=off', '--console=passive'],
+                cwd='/', stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.state = lab.wait_until(self._booted, 60, f'systemd of {self.name}')
 
-    def _find_leader(self):
-        children = self.lan.run(['pgrep', '-n', '-P', str(self._nspawn_pid())], ok=(0, 1)).stdout.split()
-        if self._nspawn.poll() is not None:
-            raise AssertionError(f'{self.name} does not boot: {self._nspawn.stdout.read()}')
-        return children and children[0]
-
-    def _nspawn_pid(self):
-        return self.lan.run(['pgrep', '-f', f'^systemd-nspawn .*--machine={self.name} ']).stdout.split()[0]
-
     def _booted(self):
+        """systemd's own word once all jobs are done."""
+        if self._nspawn.poll() is not None:
+            raise AssertionError(f'{self.name} does not boot: {self._log.read_text()}')
+        # Its first children are not yet what becomes PID 1.
+        nspawn = self.lan.run(['pgrep', '-f', f'^systemd-nspawn .*--machine={self.name} '], ok=(0, 1)).stdout.split()
+        children = nspawn and self.lan.run(['pgrep', '-P', nspawn[0], '-x', 'systemd'], ok=(0, 1)).stdout.split()
+        if not children:
+            return None
+        self._leader = children[0]
         state = self.run(['systemctl', 'is-system-running'], ok=None).stdout.strip()
         return state if state in ('running', 'degraded') else None
 
-    def run(self, argv, user=None, **options):
-        """As Host.run; as root, or as `user` with a login's environment."""
-        if user:
-            argv = ['su', '-', user, '-c', ' '.join(argv) if len(argv) > 1 else argv[0]]
+    def copy(self, source, folder):
+        """Put a file, or a checkout's files, into joe's home as `folder`."""
+        there = f'{self.root}/home/joe/{folder}'
+        if source.is_file():
+            self.lan.run(['install', '-D', '-m', '755', source, there])
+        else:
+            left_out = [f'--exclude=./{name}' for name in ('.git', '.cache', '.venv-lint', '.ruff_cache')]
+            self.lan.run(['mkdir', '-p', there])
+            self.lan.run(['bash', '-c', 'tar -c --exclude=__pycache__ "${@:2}" -C "$1" . | tar -x -C "$0"',
+                          there, source, *left_out])
+        self.run(['chown', '-R', 'joe:joe', '/home/joe'])
+
+    def run(self, argv, **options):
+        """As Host.run, in the machine, as root."""
         enter = [
             'nsenter',
             f'--target={self._leader}',
@@ -189,15 +178,23 @@ class Machine:
         return self.lan.run([*enter, *argv], cwd='/', **options)
 
     def sh(self, command, **options):
-        """The stdout of a command line."""
+        """The stdout of a command line of root's."""
         return self.run(['sh', '-c', command], **options).stdout
+
+    def type(self, command, folder='.', **options):
+        """(exit code, output) of a command line that joe types on a terminal, in a folder of his home."""
+        terminal = ['script', '--quiet', '--echo=never', '--return', '--command', command, '/dev/null']
+        joe = ['runuser', '--user=joe', '--', 'env', f'--chdir=/home/joe/{folder}',
+               'HOME=/home/joe', 'USER=joe', 'SHELL=/bin/sh', 'TERM=xterm']
+        done = self.run([*joe, *terminal], ok=None, **options)
+        return done.returncode, re.sub('\r|\033\\[[\\d;]*m', '', done.stdout)
 
     def reboot(self):
         """From a new PID 1 on, in new namespaces."""
         self.run(['systemctl', 'reboot'], ok=None)
         code = self._nspawn.wait(60)
         if code != REBOOTS:
-            raise AssertionError(f'{self.name} does not reboot: {code} {self._nspawn.stdout.read()}')
+            raise AssertionError(f'{self.name} does not reboot: {code} {self._log.read_text()}')
         self.boot()
 
 

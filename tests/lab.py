@@ -134,6 +134,10 @@ class Host:
             raise AssertionError(f'{self.name}: {command}: exit code {process.returncode}\n{out}{err}')
         return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
+    def sh(self, command, **options):
+        """The stdout of a command line."""
+        return self.run(['sh', '-c', command], **options).stdout
+
     def path(self, name):
         """The host's file `name`, as a path from outside. Absolute symlinks lead out of the host."""
         return pathlib.Path(f'/proc/{self.pid}/root', str(name).lstrip('/'))
@@ -243,6 +247,13 @@ def keep(name, *folders):
     boot.stdin.close()
     boot.wait()                                     # the kernel kills all others before PID 1 is gone
     remove_cgroups(f'/proc/self/fd/{run}', others)
+    for tree in glob.glob(f'/sys/fs/cgroup/{cgroup(pid)}*') + glob.glob(f'/sys/fs/cgroup/*/{cgroup(pid)}*'):
+        remove_tree(tree)
+
+
+def cgroup(pid, name=''):
+    """What a cgroup is named that ends with the host whose PID 1 is `pid`."""
+    return f'lab-{pid}-{name}'
 
 
 def faas_cgroups():
@@ -259,17 +270,21 @@ def remove_cgroups(run, others):
     for state in glob.glob(f'{run}/**/state.json', recursive=True):
         with contextlib.suppress(OSError, ValueError, AttributeError), open(state) as file:
             cgroups.update(json.load(file).get('cgroup_paths', {}).values())
-    for cgroup in cgroups:
-        for _ in range(50):                         # a killed process leaves its cgroup a moment late
-            try:
-                for folder, _, _ in os.walk(cgroup, topdown=False):
-                    os.rmdir(folder)
-                break
-            except OSError:
-                time.sleep(0.02)
-    for cgroup in faas_cgroups() - others:
+    for each in cgroups:
+        remove_tree(each)
+    for each in faas_cgroups() - others:
         with contextlib.suppress(OSError):
-            os.rmdir(cgroup)
+            os.rmdir(each)
+
+
+def remove_tree(cgroup):
+    for _ in range(50):                             # a killed process leaves its cgroup a moment late
+        try:
+            for folder, _, _ in os.walk(cgroup, topdown=False):
+                os.rmdir(folder)
+            break
+        except OSError:
+            time.sleep(0.02)
 
 
 if __name__ == '__main__':

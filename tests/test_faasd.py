@@ -831,7 +831,8 @@ class LivesOfAServer(unittest.TestCase):
         self.host.run(['ip', 'link', 'add', 'other', 'type', 'veth', 'peer', 'name', 'end'])
         self.host.run(['ip', 'address', 'add', 'fd00:faa5:1:0::7/128', 'dev', 'other'])
         refused = self.host.run(['/usr/bin/python3', 'faasd.py', '--standalone'], ok=(1,)).stderr
-        self.assertIn('faasd: fd00:faa5::/32 is in use on this host: other has fd00:faa5:1::7 (take other down', refused)
+        said = 'faasd: fd00:faa5::/32 is in use on this host: other has fd00:faa5:1::7 (take other down'
+        self.assertIn(said, refused)
         self.host.run(['ip', 'address', 'flush', 'dev', 'other'])
         self.host.run(['ip', 'link', 'set', 'other', 'up'])
         self.host.run(['ip', 'route', 'add', 'fd00:faa5:3::/48', 'dev', 'other'])
@@ -864,7 +865,8 @@ class LivesOfAServer(unittest.TestCase):
     def test_ipv6_switched_off_is_said(self):
         self.host.run(['sysctl', '-qw', 'net.ipv6.conf.default.disable_ipv6=1'])
         refused = self.host.run(['/usr/bin/python3', 'faasd.py', '--standalone'], ok=(1,)).stderr
-        self.assertEqual('faasd: IPv6 is switched off on this host (sysctl -w net.ipv6.conf.default.disable_ipv6=0)\n', refused)
+        hint = 'sysctl -w net.ipv6.conf.default.disable_ipv6=0'
+        self.assertEqual(f'faasd: IPv6 is switched off on this host ({hint})\n', refused)
 
     def test_a_terminal_that_goes_ends_it_well(self):
         server = serving.Server(self.host, '--standalone').start()

@@ -1,20 +1,18 @@
 """The README's story: its commands typed on a server and a laptop, its outputs compared with the real ones.
 
 A ```console block below `<!-- on the server -->` or `<!-- on the laptop -->` is typed there: `$ ` begins a command,
-`> ` continues it, the rest is its output. Files are written in memory: a lab host's are an overlay over this machine's.
+`> ` continues it, the rest is its output. Both are machines with systemd as PID 1; see boot.py.
 """
 
-import contextlib
 import re
-import subprocess
 import unittest
 
-from tests import lab
+from tests import boot, lab
 
 README = lab.REPO / 'README.md'
 BLOCK = re.compile(r'^<!-- on the (server|laptop)(: fails)? -->\n```console\n(.*?)^```$', re.DOTALL | re.MULTILINE)
-ENDPOINT = 'faas.example.com'
-STAYS = 'faasd.py'
+FOLDER = 'faasd'                                    # in joe's home
+REBOOT = 'sudo reboot'
 
 # What differs from run to run or from machine to machine.
 CHANGING = (
@@ -52,36 +50,26 @@ def plain(output):
 
 
 class Stage:
-    """The two hosts, the token that was invited with, and the faasd that runs."""
+    """A server and a laptop, and the token that was invited with. joe types; he may use sudo."""
 
-    def __init__(self, server, laptop):
-        self.hosts = {'server': server, 'laptop': laptop}
-        self.token, self.faasd = None, None
-        with open(laptop.path('/etc/hosts'), 'a') as file:
-            file.write(f'{lab.SERVER[0].partition("/")[0]} {ENDPOINT}\n')
-        for host in self.hosts.values():
-            host.path('/root/.curlrc').write_text('no-progress-meter\n')
+    def __init__(self, lan):
+        self.server = boot.Machine(lan, 'server', boot.SERVER, {'/etc/resolv.conf': f'nameserver {lab.NAMESERVER}\n'})
+        self.laptop = boot.Machine(lan, 'laptop', boot.LAPTOP)
+        self.server.copy(lab.REPO, FOLDER)
+        self.laptop.copy(lab.REPO / 'faas', f'{FOLDER}/faas')
+        for machine in self.server, self.laptop:
+            machine.write('/home/joe/.curlrc', 'no-progress-meter\n')
+        self.token = None
 
     def type(self, host, command):
-        """(exit code, output) of one command; one that stays has printed that it is ready."""
-        script = 'sudo() { env "$@"; }\n' + re.sub(r'faas1_[\w.…-]*', lambda _: self.token, command)
-        if STAYS in command:
-            return 0, self._start(self.hosts[host], script.replace('sudo() { env', 'sudo() { exec env'))
-        on_terminal = ['script', '--quiet', '--return', '--command', script, '/dev/null']
-        done = self.hosts[host].run(on_terminal, ok=None, timeout_s=120, env={'SHELL': '/bin/sh', 'TERM': 'xterm'})
-        output = re.sub('\r|\033\\[[\\d;]*m', '', done.stdout)
+        """(exit code, output) of one command."""
+        if command == REBOOT:
+            getattr(self, host).reboot()
+            return 0, ''
+        code, output = getattr(self, host).type(re.sub(r'faas1_[\w.…-]*', lambda _: self.token, command), FOLDER)
         token = re.search(r'faas1_\S+', output)
         self.token = token[0] if token else self.token
-        return done.returncode, output
-
-    def _start(self, host, script):
-        self.faasd = host.popen(['sh', '-c', script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        output = []
-        for line in self.faasd.stdout:
-            output.append(line)
-            if '[faasd] Ready' in line:
-                break
-        return ''.join(output)
+        return code, output
 
 
 class Reading(unittest.TestCase):
@@ -102,39 +90,24 @@ class Reading(unittest.TestCase):
 class Story(unittest.TestCase):
     def test_the_readme(self):
         story = steps(README.read_text())
-        self.assertGreater(len(story), 12)
-        with lab.pair() as hosts, contextlib.ExitStack() as after:
-            stage = Stage(*hosts)
-            after.callback(lambda: stage.faasd and stage.faasd.kill())
+        self.assertGreater(len(story), 15)
+        with boot.lan() as lan:
+            stage = Stage(lan)
             for host, fails, command, expected in story:
                 with self.subTest(command):
                     code, output = stage.type(host, command)
                     self.assertEqual(plain(expected), plain(output))
                     self.assertEqual(fails, code != 0, output)
-            stage.faasd.terminate()
-            self.assertEqual(0, stage.faasd.wait(30))
-            self.assertNotIn('Traceback', stage.faasd.stdout.read())
-            stage.faasd.stdout.close()
+            self.assertNotIn('Traceback', stage.server.sh('journalctl --no-pager --unit=faasd'))
+            self.is_locked_out(stage)
 
-    def test_the_removed_peer_is_locked_out(self):
-        """Its key, kept by hand, makes no handshake any more, and its own name cannot be had by another key."""
-        with lab.pair() as hosts, contextlib.ExitStack() as after:
-            stage = Stage(*hosts)
-            after.callback(lambda: stage.faasd and stage.faasd.kill())
-            stage.type('server', f'FAAS_VPN_ENDPOINT={ENDPOINT} exec python3 faasd.py --standalone')
-            stage.type('server', './faas vpn invite laptop')
-            self.assertEqual(0, stage.type('laptop', './faas vpn connect --invite faas1_')[0])
-            ping = 'ping -c 1 -W 1 fd00:faa5:0:100::1'
-            self.assertEqual(0, stage.type('laptop', ping)[0])
-            self.assertEqual(0, stage.type('server', './faas vpn remove laptop')[0])
-            self.assertNotEqual(0, stage.type('laptop', ping)[0])
-            self.assertEqual('', stage.type('server', 'wg show wg0 peers')[1])
-            code, output = stage.type('laptop', './faas vpn connect')
-            self.assertNotEqual(0, code, output)
-            self.assertEqual('', stage.type('server', 'wg show wg0 peers')[1])
-            stage.faasd.terminate()
-            self.assertEqual(0, stage.faasd.wait(30))
-            stage.faasd.stdout.close()
+    def is_locked_out(self, stage):
+        """The removed peer's key makes no handshake any more, and its name cannot be had by another key."""
+        self.assertNotEqual(0, stage.type('laptop', 'ping -c 1 -W 1 fd00:faa5:0:100::1')[0])
+        self.assertEqual('', stage.server.sh('wg show wg0 peers'))
+        code, output = stage.type('laptop', './faas vpn connect')
+        self.assertNotEqual(0, code, output)
+        self.assertEqual('', stage.server.sh('wg show wg0 peers'))
 
 
 if __name__ == '__main__':

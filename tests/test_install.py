@@ -1,0 +1,257 @@
+"""`make install` and `make uninstall`, on machines booted with systemd, and into a DESTDIR."""
+
+import unittest
+
+from tests import boot, lab
+
+FIBONACCI = 'fd00:faa5:1:0::a'
+GATEWAY = 'fd00:faa5:0:100::1'
+SETTINGS = 'FAAS_VPN_ENDPOINT=faas.example.com'
+# What an uninstall leaves: data and keys.
+KEPT = '/etc/faasd/faasd.env /var/lib/faasd/registry.db /etc/wireguard/server_private.key /etc/wireguard/wg0.conf'
+
+
+def install(machine, *settings):
+    """(exit code, output) of `sudo make install`."""
+    return machine.type(' '.join(['sudo make install', *settings]), 'faasd')
+
+
+def is_active(machine, *units):
+    return machine.run(['systemctl', 'is-active', *units], ok=None).stdout.split() == ['active'] * len(units)
+
+
+@lab.needs_root
+class Installed(unittest.TestCase):
+    """A server as the README installs it, and a laptop with systemd-resolved that joined it."""
+
+    @classmethod
+    def setUpClass(cls):
+        lan = cls.enterClassContext(boot.lan())
+        cls.server = boot.Machine(lan, 'server', boot.SERVER)
+        cls.laptop = boot.Machine(lan, 'laptop', boot.LAPTOP)
+        cls.server.copy(lab.REPO, 'faasd')
+        cls.laptop.copy(lab.REPO / 'faas', 'faas')
+        code, output = install(cls.server, SETTINGS)
+        assert code == 0, output
+        cls.server.sh('faas new fibonacci')
+        code, output = cls.laptop.type(cls.server.sh('faas vpn invite laptop'))
+        assert code == 0, output
+
+    def asked(self, url='http://fibonacci.faas/?n=10', seconds=60):
+        """What curl on the laptop gets, as soon as it gets something."""
+        curl = f'curl -sg --max-time 5 {url}'
+        return lab.wait_until(lambda: self.laptop.sh(curl, ok=None), seconds, curl)
+
+    def here(self):
+        """What the function answers on the server itself, where no tunnel has to shake hands anew."""
+        return self.server.sh(f'curl -sg --max-time 10 http://[{FIBONACCI}]/?n=10', ok=None)
+
+    def test_the_documents_own_checks(self):
+        for command, seen in (
+            (f'ping6 -c 3 {GATEWAY}', '3 received, 0% packet loss'),
+            (f'dig fibonacci.faas AAAA @{GATEWAY}',
+             r'NOERROR(.|\n)*fibonacci\.faas\.\s+60\s+IN\s+AAAA\s+fd00:faa5:1::a'),
+            (f'nslookup fibonacci.faas {GATEWAY}', r'Name:\s+fibonacci\.faas\nAddress: fd00:faa5:1::a'),
+            (f'curl -6 http://[{FIBONACCI}]/?n=10', '0, 1, 1, 2, 3, 5, 8, 13, 21, 34'),
+            ('curl http://fibonacci.faas/?n=10', '0, 1, 1, 2, 3, 5, 8, 13, 21, 34'),
+            ('ip -6 route show', r'fd00:faa5::/32 dev wg-faas '),
+            (f'traceroute6 {FIBONACCI}', r'\n 1 +(fibonacci\.faas|fd00:faa5:1::a) '),
+        ):
+            with self.subTest(command):
+                self.assertRegex(self.laptop.sh(command), seen)
+        self.assertRegex(self.server.sh('ip -6 addr show dev wg0'), 'fd00:faa5:1::a/128 (.|\n)*fd00:faa5:0:100::1/64 ')
+
+    def test_only_faas_goes_through_the_tunnel(self):
+        status = self.laptop.sh('resolvectl status wg-faas --no-pager')
+        self.assertRegex(status, r'DNS Domain: ~faas')
+        self.assertRegex(status, GATEWAY)
+        self.assertIn('link: wg-faas', self.laptop.sh('resolvectl query fibonacci.faas'))
+
+    def test_the_units_are_sound(self):
+        units = 'faasd.service faas-coredns.service faas-instances.service wg-quick@wg0.service faas.slice'
+        done = self.server.run(['sh', '-c', f'systemd-analyze verify --man=no {units}'])
+        self.assertEqual('', done.stdout + done.stderr)
+        self.assertNotIn('ordering cycle', self.server.sh('journalctl --no-pager'))
+        self.assertEqual('', self.server.sh('systemctl --failed --no-legend'))
+        self.assertTrue(is_active(self.server, 'faasd', 'faas-coredns', 'faas-instances', 'wg-quick@wg0'))
+        self.assertEqual('0660 root faas', self.server.sh("stat -c '0%a %U %G' /run/faasd/faasd.sock").strip())
+
+    def test_instances_live_in_a_cgroup_that_is_not_faasds(self):
+        self.asked()
+        pid = self.server.sh("pgrep -f '^/usr/bin/python3 .* /opt/faas/runtime.py' | head -n 1").strip()
+        for line in self.server.sh(f'cat /proc/{pid}/cgroup').splitlines():
+            if 'memory' in line or 'pids' in line or line.startswith('0::'):
+                self.assertRegex(line, r':/faas\.slice/faas-instances\.service/faas-[0-9a-f]+/faas-')
+
+    def test_peers_survive_reload_and_restart_of_wg_quick(self):
+        peers = self.server.sh('wg show wg0 peers')
+        self.assertTrue(peers)
+        self.server.sh('systemctl reload wg-quick@wg0')
+        self.assertEqual(peers, self.server.sh('wg show wg0 peers'))
+        self.server.sh('systemctl restart wg-quick@wg0')
+        lab.wait_until(lambda: self.server.sh('wg show wg0 peers') == peers, 10, 'the peers')
+        self.assertIn('34', self.asked())
+        self.assertTrue(is_active(self.server, 'faasd', 'faas-coredns'))
+
+    def test_a_broken_wg0_conf_cannot_wipe_the_peers_by_a_reload(self):
+        peers = self.server.sh('wg show wg0 peers')
+        self.server.sh('mv /etc/wireguard/wg0.conf /root/')
+        self.server.run(['systemctl', 'reload', 'wg-quick@wg0'], ok=(1,))
+        self.server.sh('mv /root/wg0.conf /etc/wireguard/')
+        self.assertEqual(peers, self.server.sh('wg show wg0 peers'))
+
+    def test_a_killed_faasd_and_a_killed_coredns_come_back(self):
+        self.server.sh('systemctl kill --signal=KILL faasd faas-coredns')
+        lab.wait_until(lambda: is_active(self.server, 'faasd', 'faas-coredns'), 20, 'both')
+        self.assertIn('34', self.asked())
+
+    def test_the_group_deploys_without_sudo(self):
+        self.assertIn('join the group faas', self.server.type('faas list')[1])
+        self.server.sh('usermod -aG faas joe')
+        self.addCleanup(self.server.sh, 'gpasswd -d joe faas')
+        code, output = self.server.type('sg faas -c "faas new hello"')
+        self.assertEqual(0, code, output)
+        self.server.sh('faas rm hello')
+
+    def test_reboot(self):
+        self.server.reboot()
+        self.assertEqual('running', self.server.state, self.server.sh('systemctl --failed --no-pager'))
+        self.assertIn('34', self.asked())
+        self.assertNotIn('ordering cycle', self.server.sh('journalctl --no-pager --boot'))
+
+    def test_install_over_a_running_server(self):
+        before = self.server.sh('cat /etc/wireguard/wg0.conf /etc/faasd/faasd.env; wg show wg0 peers')
+        invocation = self.server.sh('systemctl show --property=InvocationID wg-quick@wg0')
+        stale = '/usr/local/lib/faasd/no_more.py'
+        self.server.sh(f'touch {stale}')
+        code, output = install(self.server, 'FAAS_VPN_ENDPOINT=192.0.2.1')
+        self.assertEqual(0, code, output)
+        self.assertIn('install: kept /etc/faasd/faasd.env as it is; FAAS_VPN_ENDPOINT=192.0.2.1 is yours', output)
+        self.server.run(['test', '-e', stale], ok=(1,))
+        self.assertEqual(before, self.server.sh('cat /etc/wireguard/wg0.conf /etc/faasd/faasd.env; wg show wg0 peers'))
+        self.assertEqual(invocation, self.server.sh('systemctl show --property=InvocationID wg-quick@wg0'))
+        self.assertIn('34', self.asked())
+        self.assertEqual('', self.server.sh('find /home/joe/faasd -name __pycache__'))
+
+    def test_edits_of_faasd_env(self):
+        env = self.server.sh('cat /etc/faasd/faasd.env')
+        for wrong, said in (
+            ('FAAS_PIDS=many', 'faasd: FAAS_PIDS=many: '), ('FAAS_WRONG=1', 'there is no setting FAAS_WRONG'),
+        ):
+            self.server.write('/etc/faasd/faasd.env', env + wrong + '\n')
+            code, output = install(self.server)
+            self.assertNotEqual(0, code)
+            self.assertIn(said, output.splitlines()[0])
+            self.assertTrue(is_active(self.server, 'faasd'))        # what ran runs on
+        self.server.write('/etc/faasd/faasd.env', env + 'FAAS_WG_PORT=51999\nFAAS_WG_INTERFACE=wg7\n')
+        code, output = install(self.server)
+        self.assertEqual(0, code, output)
+        self.assertEqual('51999', self.server.sh('wg show wg7 listen-port').strip())
+        units = 'systemctl list-units --no-legend; ls /etc/systemd/system/*.wants'
+        self.assertNotIn('wg0', self.server.sh(f'ip link; {units}'))
+        self.assertIn('34', self.here())
+        self.server.write('/etc/faasd/faasd.env', env)
+        code, output = install(self.server)
+        self.assertEqual(0, code, output)
+        self.assertIn('34', self.here())
+
+    def test_uninstall_leaves_data_and_keys_and_an_install_finds_them(self):
+        code, output = self.server.type('sudo make uninstall', 'faasd')
+        self.assertEqual(0, code, output)
+        self.server.sh(f'ls {KEPT}')
+        self.assertEqual('', self.left(self.server))
+        code, output = install(self.server)
+        self.assertEqual(0, code, output)
+        self.assertIn('34', self.here())
+
+    @staticmethod
+    def left(machine):
+        """What is left of an installation, beside data and keys."""
+        return machine.sh(
+            'ls -d /usr/local/lib/faasd* /usr/local/bin/faas /usr/local/lib/systemd/system/* /run/faasd '
+            '/etc/systemd/system/*.wants/*faas* /etc/systemd/system/*.wants/wg-quick* '
+            '/sys/class/net/wg* /sys/fs/cgroup/*/faas* /sys/fs/cgroup/faas* 2>/dev/null; '
+            'getent group faas; nft list tables; pgrep -a coredns; pgrep -af "faasd\\.py"', ok=None)
+
+
+@lab.needs_root
+class Refused(unittest.TestCase):
+    """A server where something stands in the way."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.server = boot.Machine(cls.enterClassContext(boot.lan()), 'server', boot.SERVER)
+        cls.server.copy(lab.REPO, 'faasd')
+
+    def refused(self, said):
+        """The install says that in one line, and has changed nothing."""
+        code, output = install(self.server, SETTINGS)
+        self.assertNotEqual(0, code)
+        self.assertRegex(output, rf'^faasd: {said}.*\)\nmake: \*\*\* .*\n$')
+        self.assertEqual('', Installed.left(self.server).replace('wg0', '').replace('/sys/class/net/\n', ''))
+        self.assertEqual('', self.server.sh('ls -d /etc/faasd /var/lib/faasd /etc/coredns 2>/dev/null', ok=None))
+
+    def test_a_foreign_wg0_is_left_alone_and_another_name_works(self):
+        theirs = f'[Interface]\nPrivateKey = {self.server.sh("wg genkey").strip()}\nAddress = 10.9.9.1/24\n'
+        self.server.write('/etc/wireguard/wg0.conf', theirs)
+        self.server.sh('wg-quick up wg0')
+        self.refused("wg0 is not faasd's: .* .set FAAS_WG_INTERFACE to another name")
+        code, output = install(self.server, SETTINGS, 'FAAS_WG_INTERFACE=wg1')
+        self.assertEqual(0, code, output)
+        self.assertEqual(theirs, self.server.sh('cat /etc/wireguard/wg0.conf'))
+        self.assertIn('FAAS_WG_INTERFACE=wg1\n', self.server.sh('cat /etc/faasd/faasd.env'))
+        self.server.sh('faas new fibonacci')
+        self.assertIn('34', self.server.sh(f'curl -sg http://[{FIBONACCI}]/?n=10'))
+        code, output = self.server.type('sudo make uninstall PURGE=1', 'faasd')
+        self.assertEqual(0, code, output)
+        self.assertEqual('wg0.conf\n', self.server.sh('ls /etc/wireguard'))
+        self.assertEqual('wg0\n', self.server.sh('wg show interfaces'))
+        self.server.sh('wg-quick down wg0; rm /etc/wireguard/wg0.conf')
+
+    def test_a_web_server_on_every_address(self):
+        self.server.sh('systemd-run --quiet --unit=web python3 -m http.server 80 --bind ::')
+        self.addCleanup(self.server.sh, 'systemctl stop web')
+        lab.wait_until(lambda: self.server.sh('ss -Htln sport = :80'), 10, 'it')
+        self.refused(r'TCP port 80 is in use by python3 \(let it listen on addresses of its own')
+
+    def test_without_root(self):
+        code, output = self.server.type('make install', 'faasd')
+        self.assertNotEqual(0, code)
+        self.assertEqual('install: this needs root: sudo make install', output.splitlines()[0])
+
+    def test_a_python_that_is_too_old(self):
+        self.server.sh('mv /usr/bin/python3 /usr/bin/python3.kept; cp /bin/false /usr/bin/python3; '
+                       'mv /usr/bin/python3.11 /usr/bin/kept')
+        self.addCleanup(self.server.sh, 'cd /usr/bin; mv kept python3.11; mv python3.kept python3')
+        code, output = install(self.server, SETTINGS)
+        self.assertNotEqual(0, code)
+        self.assertRegex(output, r'^install: Python 3.11 or newer is needed')
+
+
+@lab.needs_root
+class Packaged(unittest.TestCase):
+    """Into a folder, as packagers do."""
+
+    def test_destdir_and_prefix(self):
+        with lab.Host('builder') as host:
+            before = host.sh('ls /usr/lib/faasd /usr/local/lib/faasd /etc/faasd 2>&1', ok=None)
+            host.sh('make install DESTDIR=/tmp/tree PREFIX=/usr FAAS_DNS_FORWARD=192.0.2.1')
+            files = host.sh('cd /tmp/tree; find . -type f').split()
+            for path in ('./usr/bin/faas', './usr/lib/faasd/faasd.py', './usr/lib/faasd/handlers/fibonacci/handler.py',
+                         './usr/lib/systemd/system/faasd.service', './etc/faasd/faasd.env',
+                         './usr/lib/systemd/system/wg-quick@wg0.service.d/faasd.conf'):
+                self.assertIn(path, files)
+            units = host.sh('cat /tmp/tree/usr/lib/systemd/system/*.service')
+            self.assertIn('/usr/lib/faasd/faasd.py', units)
+            self.assertNotRegex(units, r'@[A-Z]+@|/tmp/tree')
+            self.assertIn('FAAS_DNS_FORWARD=192.0.2.1', host.sh('cat /tmp/tree/etc/faasd/faasd.env'))
+            self.assertEqual(before, host.sh('ls /usr/lib/faasd /usr/local/lib/faasd /etc/faasd 2>&1', ok=None))
+            self.assertNotIn('\nfaas:', host.sh('cat /etc/group'))
+            host.sh('make uninstall DESTDIR=/tmp/tree PREFIX=/usr')
+            self.assertEqual(['./etc/faasd/faasd.env'], host.sh('cd /tmp/tree; find . -type f').split())
+            host.sh('make uninstall DESTDIR=/tmp/tree PREFIX=/usr PURGE=1')
+            self.assertEqual('', host.sh('cd /tmp/tree; find . -type f'))
+
+
+if __name__ == '__main__':
+    unittest.main()
