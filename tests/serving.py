@@ -9,11 +9,13 @@ import pathlib
 import signal
 import socket
 import subprocess
+import sys
 import tarfile
 import threading
 
 from tests import lab
 
+FAASD = (sys.executable, 'faasd.py')  # functions run with /usr/bin/python3 in any case
 HELLO = 'def handle(connection, address):\n    connection.recv(4096)\n    connection.sendall(%r)\n'
 
 
@@ -69,7 +71,7 @@ class Server:
 
     def start(self, wait=True):
         self.process = self.host.popen(
-            ['/usr/bin/python3', '-u', 'faasd.py', *self.arguments],
+            [FAASD[0], '-u', *FAASD[1:], *self.arguments],
             env=self.settings,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -753,7 +753,7 @@ class LivesOfAServer(unittest.TestCase):
     def test_it_expects_wg0_and_says_what_is_missing(self):
         def refusal(*arguments):
             return self.host.run(
-                ['/usr/bin/python3', 'faasd.py', *arguments], ok=(1,), env={'FAAS_VPN_ENDPOINT': 'faas.example.com'}
+                [*serving.FAASD, *arguments], ok=(1,), env={'FAAS_VPN_ENDPOINT': 'faas.example.com'}
             ).stderr
 
         self.assertRegex(refusal(), r'^faasd: there is no interface wg0 \(.*wg-quick@wg0.*\)\n$')
@@ -767,7 +767,7 @@ class LivesOfAServer(unittest.TestCase):
 
     def test_the_documents_command_on_a_prepared_wg0(self):
         """sudo python3 faasd.py: wg-quick brought wg0 up and CoreDNS runs; both outlive faasd."""
-        self.host.run(['/usr/bin/python3', 'faasd.py'], ok=(1,))  # makes keys and wg0.conf, then misses wg0
+        self.host.run([*serving.FAASD], ok=(1,))  # makes keys and wg0.conf, then misses wg0
         self.host.run(['wg-quick', 'up', 'wg0'])
         server = serving.Server(self.host).start()
         try:
@@ -795,12 +795,12 @@ class LivesOfAServer(unittest.TestCase):
         self.host.run(['ip', 'link', 'delete', 'wg0'])
 
     def test_a_peer_that_somebody_gave_to_wg0_is_not_cut_off(self):
-        self.host.run(['/usr/bin/python3', 'faasd.py'], ok=(1,))
+        self.host.run([*serving.FAASD], ok=(1,))
         theirs = key()
         with open(self.host.path('/etc/wireguard/wg0.conf'), 'a') as file:
             file.write(f'[Peer]\nPublicKey = {theirs}\nAllowedIPs = fd00:faa5:0:100::77/128\n')
         self.host.run(['wg-quick', 'up', 'wg0'])
-        refused = self.host.run(['/usr/bin/python3', 'faasd.py'], ok=(1,)).stderr
+        refused = self.host.run([*serving.FAASD], ok=(1,)).stderr
         self.assertIn(f'wg0 has a peer that faasd does not know: {theirs} (give it a file in', refused)
         self.assertIn(theirs, self.host.run(['wg', 'show', 'wg0', 'peers']).stdout)
         self.host.path('/etc/wireguard/peers/theirs.conf').write_text(
@@ -810,7 +810,7 @@ class LivesOfAServer(unittest.TestCase):
         self.assertIn(theirs, self.host.run(['wg', 'show', 'wg0', 'peers']).stdout)
         self.assertEqual(0, server.stop())
         self.host.run(['wg', 'set', 'wg0', 'listen-port', '51999'])
-        refused = self.host.run(['/usr/bin/python3', 'faasd.py'], ok=(1,)).stderr
+        refused = self.host.run([*serving.FAASD], ok=(1,)).stderr
         self.assertRegex(refused, 'listens on UDP port 51999, not on 51820 .set FAAS_WG_PORT')
         self.host.run(['ip', 'link', 'delete', 'wg0'])
 
@@ -821,7 +821,7 @@ class LivesOfAServer(unittest.TestCase):
         ):
             for how in ('--standalone', '--prepare'):
                 with self.subTest(kind=kind, port=port, how=how), serving.holding(self.host, kind, port):
-                    refused = self.host.run(['/usr/bin/python3', 'faasd.py', how], ok=(1,))
+                    refused = self.host.run([*serving.FAASD, how], ok=(1,))
                     said = rf'^faasd: {kind} port {port} is in use by python3 \(.*{hint}.*\)\n$'
                     self.assertRegex(refused.stderr, said)
                     self.assertNotIn('wg0', self.host.run(['ip', 'link']).stdout)
@@ -830,26 +830,26 @@ class LivesOfAServer(unittest.TestCase):
     def test_addresses_in_use_on_another_interface_are_named(self):
         self.host.run(['ip', 'link', 'add', 'other', 'type', 'veth', 'peer', 'name', 'end'])
         self.host.run(['ip', 'address', 'add', 'fd00:faa5:1:0::7/128', 'dev', 'other'])
-        refused = self.host.run(['/usr/bin/python3', 'faasd.py', '--standalone'], ok=(1,)).stderr
+        refused = self.host.run([*serving.FAASD, '--standalone'], ok=(1,)).stderr
         said = 'faasd: fd00:faa5::/32 is in use on this host: other has fd00:faa5:1::7 (take other down'
         self.assertIn(said, refused)
         self.host.run(['ip', 'address', 'flush', 'dev', 'other'])
         self.host.run(['ip', 'link', 'set', 'other', 'up'])
         self.host.run(['ip', 'route', 'add', 'fd00:faa5:3::/48', 'dev', 'other'])
-        refused = self.host.run(['/usr/bin/python3', 'faasd.py', '--prepare'], ok=(1,)).stderr
+        refused = self.host.run([*serving.FAASD, '--prepare'], ok=(1,)).stderr
         self.assertIn('in use on this host: other has fd00:faa5:3::/48', refused)
         self.assertEqual([], os.listdir(self.host.path('/etc/wireguard')))
 
     def test_a_wg0_that_is_not_ours_is_left_alone(self):
         self.host.path('/etc/wireguard/wg0.conf').write_text(f'[Interface]\nPrivateKey = {key()}\n')
         for how in ('--standalone', '--prepare'):
-            refused = self.host.run(['/usr/bin/python3', 'faasd.py', how], ok=(1,)).stderr
+            refused = self.host.run([*serving.FAASD, how], ok=(1,)).stderr
             self.assertRegex(refused, r"^faasd: wg0 is not faasd's: .*wg0.conf .*\(set FAAS_WG_INTERFACE.*\)\n$")
             self.assertEqual(['wg0.conf'], os.listdir(self.host.path('/etc/wireguard')))
 
     def test_prepare_makes_what_wg_quick_needs_and_follows_the_port(self):
         env = {'FAAS_VPN_ENDPOINT': 'faas.example.com'}
-        prepare = ['/usr/bin/python3', 'faasd.py', '--prepare']
+        prepare = [*serving.FAASD, '--prepare']
         self.host.run(prepare, env=env)
         conf = self.host.path('/etc/wireguard/wg0.conf')
         first = conf.read_text()
@@ -864,7 +864,7 @@ class LivesOfAServer(unittest.TestCase):
 
     def test_ipv6_switched_off_is_said(self):
         self.host.run(['sysctl', '-qw', 'net.ipv6.conf.default.disable_ipv6=1'])
-        refused = self.host.run(['/usr/bin/python3', 'faasd.py', '--standalone'], ok=(1,)).stderr
+        refused = self.host.run([*serving.FAASD, '--standalone'], ok=(1,)).stderr
         hint = 'sysctl -w net.ipv6.conf.default.disable_ipv6=0'
         self.assertEqual(f'faasd: IPv6 is switched off on this host ({hint})\n', refused)
 
@@ -906,7 +906,7 @@ class LivesOfAServer(unittest.TestCase):
 
     def test_it_refuses_a_second_one_and_does_not_run_without_root(self):
         with serving.standalone(self.host):
-            again = self.host.run(['/usr/bin/python3', 'faasd.py', '--standalone'], ok=(1,))
+            again = self.host.run([*serving.FAASD, '--standalone'], ok=(1,))
             self.assertRegex(again.stderr, r'^faasd: another faasd runs on this host')
         plain = ['setpriv', '--reuid', '65534', '--clear-groups', '/usr/bin/python3', 'faasd.py']
         self.assertRegex(self.host.run(plain, ok=(1,)).stderr, r'^faasd: faasd needs root')

@@ -418,7 +418,7 @@ class Live(inside.InHost):
         self.assertTrue(manager.rules_loaded())
         manager.load_rules()
         self.assertTrue(manager.rules_loaded())
-        handles = re.findall(r'(drop|accept|return) # handle (\d+)', self.nft('-a', 'list', 'table', 'inet', 'faas'))
+        handles = re.findall(r'(drop|reject|accept|return) # handle (\d+)', self.nft('-a', 'list', 'table', 'inet', 'faas'))
         self.assertEqual(13, len(handles))
         chains = re.findall(r'chain (\w+) \{ # handle', self.nft('-a', 'list', 'table', 'inet', 'faas'))
         self.assertEqual(['input', 'output', 'forward'], chains)
@@ -438,7 +438,7 @@ class Live(inside.InHost):
             rules = []
             for line in text.splitlines():
                 chain = (re.match(r'\s*chain (\w+)', line) or [None, chain])[1]
-                if found := re.search(r'(?:drop|accept|return) # handle (\d+)', line):
+                if found := re.search(r'(?:drop|reject|accept|return) # handle (\d+)', line):
                     rules.append((chain, found[1]))
             self.nft('delete', 'rule', 'inet', 'faas', rules[index][0], 'handle', rules[index][1])
             self.assertFalse(manager.rules_loaded(), rules[index])
