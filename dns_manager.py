@@ -36,7 +36,7 @@ ns      IN  AAAA  {server}
 COREFILE_HEAD = '# Written by faasd. It is yours once you delete this line.\n'
 COREFILE = """\
 faas:53 {{
-    bind {server}
+    bind {server} {zone_server}
 
     file {zone_file} {{
         reload 200ms
@@ -63,13 +63,19 @@ class DNSZoneManager:
     """Writes the zone file; CoreDNS reads it again when its serial differs.
 
     `next_serial(seen)` gives a serial above every earlier one and above `seen`; `emit(area, text, …)` takes what
-    happened.
+    happened. `zone_server` is the address where every other zone is REFUSED, so that a resolver asks its next server.
     """
 
     def __init__(
-        self, next_serial, emit, server, zone_file='/var/lib/faasd/dns/faas.db', corefile='/etc/coredns/Corefile'
+        self,
+        next_serial,
+        emit,
+        server,
+        zone_file='/var/lib/faasd/dns/faas.db',
+        corefile='/etc/coredns/Corefile',
+        zone_server='fd00:faa5:0:100::2',
     ):
-        self.zone_file, self.corefile, self.server = zone_file, corefile, server
+        self.zone_file, self.corefile, self.server, self.zone_server = zone_file, corefile, server, zone_server
         self._next_serial, self._emit = next_serial, emit
         self._records = {}
 
@@ -120,7 +126,9 @@ class DNSZoneManager:
             if file.readline() != COREFILE_HEAD:
                 return
         os.makedirs(os.path.dirname(self.corefile), exist_ok=True)
-        text = COREFILE_HEAD + COREFILE.format(server=self.server, zone_file=self.zone_file)
+        text = COREFILE_HEAD + COREFILE.format(
+            server=self.server, zone_server=self.zone_server, zone_file=self.zone_file
+        )
         if forwarders:
             text += COREFILE_FORWARD.format(server=self.server, forwarders=' '.join(forwarders))
         shell.write_file(self.corefile, text)
@@ -180,7 +188,7 @@ def _addresses(message, offset, count):
     return found
 
 
-def default_forwarders(resolv_conf='/etc/resolv.conf', server=None):
+def default_forwarders(resolv_conf='/etc/resolv.conf', own=()):
     """The document's two resolvers if one of them answers, else the host's own, less ourselves."""
     for address in DOCUMENT_FORWARDERS:
         with contextlib.suppress(OSError):
@@ -191,4 +199,4 @@ def default_forwarders(resolv_conf='/etc/resolv.conf', server=None):
             nameservers = re.findall(r'^nameserver\s+(\S+)', file.read(), re.M)
     except OSError:
         return []
-    return [address for address in nameservers if address != server]
+    return [address for address in nameservers if address not in own]

@@ -395,7 +395,9 @@ class Faasd:
         undo(self.registry.close)
         self.registry.abandon_stale()
         self.vpn = self._vpn_manager()
-        self.dns = dns_manager.DNSZoneManager(self.registry.next_serial, self.emit, registry.GATEWAY)
+        self.dns = dns_manager.DNSZoneManager(
+            self.registry.next_serial, self.emit, registry.GATEWAY, zone_server=registry.ZONE_SERVER
+        )
         self.peers = registry.Projection(self._project_peers)
         self.zone = registry.Projection(lambda: self.dns.project({f.name: f.ipv6 for f in self.registry.functions()}))
         self.addresses = registry.Projection(lambda: self.vpn.project_addresses(self.registry.function_addresses()))
@@ -433,7 +435,9 @@ class Faasd:
         for function in self.registry.functions():
             self._open(function, self._folder(function, function.revision))
         self.zone.sync()
-        forwarders = settings['dns_forward'] or dns_manager.default_forwarders(server=registry.GATEWAY)
+        forwarders = settings['dns_forward'] or dns_manager.default_forwarders(
+            own=(registry.GATEWAY, registry.ZONE_SERVER)
+        )
         self.dns.write_corefile(forwarders)
         if self.standalone:
             self._start_coredns(forwarders)
@@ -482,7 +486,9 @@ class Faasd:
 
     def _vpn_manager(self):
         names = (self.settings[name] for name in ('wg_interface', 'wg_port', 'nft_table'))
-        return vpn_manager.VPNManager(self.emit, registry.GATEWAY, self._endpoint(), *names)
+        return vpn_manager.VPNManager(
+            self.emit, registry.GATEWAY, self._endpoint(), *names, zone_server=registry.ZONE_SERVER
+        )
 
     def _endpoint(self):
         endpoint = self.settings['vpn_endpoint']

@@ -17,6 +17,7 @@ import time
 from typing import NamedTuple
 
 GATEWAY = 'fd00:faa5:0:100::1'  # WireGuard, CoreDNS and the control API on wg0
+ZONE_SERVER = 'fd00:faa5:0:100::2'  # CoreDNS again, for faas alone: whoever asks for another name goes on to his next
 PEERS = 'fd00:faa5:0:100'
 FIRST_HOST, LAST_HOST = 0xA, 0xFFFF
 RESERVED = frozenset(('ns', 'dashboard', 'metrics', 'peers'))  # labels of the apex that are no function's

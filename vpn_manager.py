@@ -51,7 +51,7 @@ table inet {table} {{
     ct state established,related accept
     meta l4proto 58 accept
     ip6 daddr fd00:faa5:1::/48 tcp dport 80 accept
-    ip6 daddr {gateway} meta l4proto {{ 6, 17 }} th dport 53 accept
+    ip6 daddr {{ {gateway}, {zone_server} }} meta l4proto {{ 6, 17 }} th dport 53 accept
     ip6 daddr {gateway} tcp dport 8080 accept
     counter reject
   }}
@@ -151,8 +151,19 @@ def join_endpoint(host, port):
 class VPNManager:
     """Keeps wg0, its files and its table as the registry says. `emit(area, text, …)` takes what happened."""
 
-    def __init__(self, emit, gateway, endpoint, interface='wg0', port=51820, table='faas', directory='/etc/wireguard'):
+    def __init__(
+        self,
+        emit,
+        gateway,
+        endpoint,
+        interface='wg0',
+        port=51820,
+        table='faas',
+        directory='/etc/wireguard',
+        zone_server='fd00:faa5:0:100::2',
+    ):
         self.gateway, self.interface, self.port, self.table = gateway, interface, port, table
+        self.zone_server = zone_server
         self.endpoint = endpoint
         self.peers_dir = os.path.join(directory, 'peers')
         self._directory, self._emit = directory, emit
@@ -410,24 +421,30 @@ class VPNManager:
         return 'UP' in link['flags'], addresses
 
     def project_addresses(self, wanted):
-        """Make wg0 hold just the function addresses `wanted`, beside its own."""
+        """Make wg0 hold just the function addresses `wanted` and the zone server's, beside its own."""
         functions = ipaddress.IPv6Network('fd00:faa5:1::/48')
         _, actual = self._link()
-        wanted = {ipaddress.IPv6Address(text): text for text in wanted}
+        wanted = {ipaddress.IPv6Address(text): text for text in [self.zone_server, *wanted]}
         surplus = {address for address in actual if address in functions} - wanted.keys()
         missing = wanted.keys() - actual
         lines = [f'address del {address}/128 dev {self.interface}\n' for address in sorted(surplus)]
         lines += [f'address add {address}/128 dev {self.interface} nodad\n' for address in sorted(missing)]
         if lines:
             shell.run(['ip', '-6', '-batch', '-'], input=''.join(lines), timeout_s=120)
-        for address in sorted(missing):
+        for address in sorted(address for address in missing if address in functions):
             self._emit('listener', f'Configured {wanted[address]}/128 on {self.interface} interface')
 
     # The table
 
     def load_rules(self):
         """Put the nftables table in place; raises VPNError: without it no socket may be handed out."""
-        rules = RULES.format(table=self.table, interface=self.interface, gateway=self.gateway, mark=MARK)
+        rules = RULES.format(
+            table=self.table,
+            interface=self.interface,
+            gateway=self.gateway,
+            zone_server=self.zone_server,
+            mark=MARK,
+        )
         try:
             shell.run(['nft', '-f', '-'], input=rules)
         except shell.CommandError as error:

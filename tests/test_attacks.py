@@ -346,7 +346,7 @@ class Firewall(unittest.TestCase):
             def begin():
                 self.kept = manager = prepare()
                 manager.project([peer])
-                for where, port in ((ADDRESS, 80), ('::', 2222), ('::', 8080)):
+                for where, port in ((ADDRESS, 80), (registry.ZONE_SERVER, 53), ('::', 2222), ('::', 8080)):
                     serve(where, port)
                 return manager.get_server_public_key()
 
@@ -362,6 +362,7 @@ class Firewall(unittest.TestCase):
 
             tunnel = [(f'[{ADDRESS}]', 80), (f'[{registry.GATEWAY}]', 8080), (f'[{ADDRESS}]', 2222)]
             tunnel += [(f'[{registry.GATEWAY}]', 2222), (f'[{ADDRESS}]', 8080)]
+            tunnel += [(f'[{registry.ZONE_SERVER}]', port) for port in (53, 2222, 8080)]
             lan = [('203.0.113.10', 2222), (f'[{ADDRESS}]', 80)]
             seen = {}
             for rules in (False, True):
@@ -371,8 +372,8 @@ class Firewall(unittest.TestCase):
                 seen[rules] = [is_open(*each) for each in tunnel]
                 laptop.run(['ip', 'route', 'replace', 'fd00:faa5::/32', 'via', '2001:db8::10'])
                 seen[rules] += [is_open(*each) for each in lan]
-            self.assertEqual([True] * 7, seen[False], 'not even open without the rules')
-            self.assertEqual([True, True, False, False, False, True, False], seen[True])
+            self.assertEqual([True] * 10, seen[False], 'not even open without the rules')
+            self.assertEqual([True, True, False, False, False, True, False, False, True, False], seen[True])
 
 
 def serve(address, port):

@@ -43,7 +43,7 @@ hello           IN  AAAA  fd00:faa5:1:0::b
 
 COREFILE = """\
 faas:53 {
-    bind fd00:faa5:0:100::1
+    bind fd00:faa5:0:100::1 fd00:faa5:0:100::2
 
     file /var/lib/faasd/dns/faas.db {
         reload 200ms
@@ -181,6 +181,12 @@ class Corefile(InFolder):
         self.assertEqual(dns_manager.COREFILE_HEAD + COREFILE, text)
         self.assertTrue(text.startswith('# '))
 
+    def test_one_that_an_older_version_wrote_gets_the_second_address(self):
+        self.corefile.parent.mkdir()
+        older = COREFILE.replace(f' {registry.ZONE_SERVER}', '')
+        self.corefile.write_text(dns_manager.COREFILE_HEAD + older)
+        self.assertEqual(dns_manager.COREFILE_HEAD + COREFILE, self.write(dns_manager.DOCUMENT_FORWARDERS))
+
     def test_without_forwarders_there_is_only_the_zone(self):
         self.assertEqual(dns_manager.COREFILE_HEAD + COREFILE[: COREFILE.index('\n# Forward')], self.write([]))
 
@@ -202,14 +208,14 @@ class Forwarders(unittest.TestCase):
         with tempfile.NamedTemporaryFile('w') as file, mock.patch.object(dns_manager, 'query', query):
             file.write(text)
             file.flush()
-            return dns_manager.default_forwarders(file.name, registry.GATEWAY)
+            return dns_manager.default_forwarders(file.name, (registry.GATEWAY, registry.ZONE_SERVER))
 
     def test_the_documents_two_where_one_of_them_answers(self):
         for address in dns_manager.DOCUMENT_FORWARDERS:
             self.assertEqual(list(dns_manager.DOCUMENT_FORWARDERS), self.ask('nameserver 192.0.2.1\n', [address]))
 
     def test_else_the_hosts_own_less_ourselves(self):
-        text = f'# nameserver 192.0.2.9\nsearch x\nnameserver {registry.GATEWAY}\n'
+        text = f'# nameserver 192.0.2.9\nsearch x\nnameserver {registry.GATEWAY}\nnameserver {registry.ZONE_SERVER}\n'
         text += 'nameserver  192.0.2.1\nnameserver 2001:db8::1\n'
         self.assertEqual(['192.0.2.1', '2001:db8::1'], self.ask(text))
         self.assertEqual([], self.ask(''))
@@ -266,12 +272,14 @@ def ask_fake(make, name='hello.faas', timeout_s=0.3):
 
 
 @contextlib.contextmanager
-def coredns():
-    """A manager whose zone the real CoreDNS serves at the gateway address."""
-    shell.run(['ip', '-6', 'address', 'add', f'{registry.GATEWAY}/128', 'dev', 'lo'])
+def coredns(forwarders=()):
+    """A manager whose zone the real CoreDNS serves at the gateway's two addresses."""
+    addresses = registry.GATEWAY, registry.ZONE_SERVER
+    for address in addresses:
+        shell.run(['ip', '-6', 'address', 'add', f'{address}/128', 'dev', 'lo'])
     manager = dns_manager.DNSZoneManager(Serials(), lambda *_, **__: None, registry.GATEWAY)
     manager.project({})
-    manager.write_corefile([])
+    manager.write_corefile(forwarders)
     process = shell.start(['coredns', '-quiet', '-conf', manager.corefile], output=True)
     try:
         if not manager.wait_served('ns', registry.GATEWAY):
@@ -281,17 +289,18 @@ def coredns():
     finally:
         process.terminate()
         process.communicate(timeout=5)
-        shell.run(['ip', '-6', 'address', 'del', f'{registry.GATEWAY}/128', 'dev', 'lo'])
+        for address in addresses:
+            shell.run(['ip', '-6', 'address', 'del', f'{address}/128', 'dev', 'lo'])
 
 
-def ask_raw(name, kind=28):
+def ask_raw(name, kind=28, server=registry.GATEWAY):
     """(rcode, whole answer message) of CoreDNS."""
     question = b''.join(bytes((len(label),)) + label.encode() for label in name.split('.')) + struct.pack(
         '!BHH', 0, kind, 1
     )
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
         sock.settimeout(2)
-        sock.connect((registry.GATEWAY, 53))
+        sock.connect((server, 53))
         sock.send(struct.pack('!6H', 1, 0x0100, 1, 0, 0, 0) + question)
         answer = sock.recv(4096)
     return answer[3] & 15, answer
@@ -372,6 +381,18 @@ class Queries(inside.InHost):
         with coredns(), self.assertRaises(OSError):
             self.assertEqual(5, ask_raw('example.com')[0])
             dns_manager.query(registry.GATEWAY, 'example.com')
+
+    @inside.inside
+    def test_the_second_address_serves_the_zone_and_refuses_every_other(self):
+        with FakeServer(lambda query: reply(query, answers=[record('2001:db8::7')])), coredns(['[::1]:53']) as manager:
+            manager.project(THREE)
+            self.assertTrue(manager.wait_served('hello', THREE['hello']))
+            for server in manager.server, manager.zone_server:
+                self.assertEqual([ipaddress.IPv6Address(THREE['hello'])], dns_manager.query(server, 'hello.faas'))
+            self.assertEqual(0, ask_raw('example.com')[0])  # the first forwards it
+            for name in 'example.com', 'com', 'notfaas', 'faas.example.com':
+                self.assertEqual(5, ask_raw(name, server=manager.zone_server)[0], name)
+            self.assertEqual(3, ask_raw('nobody.faas', server=manager.zone_server)[0])
 
     @inside.inside
     def test_a_name_in_the_zone_file_is_served_after_a_broken_file_was_mended(self):

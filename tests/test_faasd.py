@@ -651,6 +651,12 @@ class OneServer(unittest.TestCase):
         self.host.run(['ip', '-6', 'address', 'del', f'{ipv6}/128', 'dev', 'wg0'])
         lab.wait_until(lambda: self.server.get(ipv6, ok=None, timeout_s=1) == 'here', 10, 'the address')
 
+    def test_the_second_address_of_dns_comes_back_too(self):
+        ask = ['dig', '+short', '+tries=1', '+time=1', '@fd00:faa5:0:100::2', 'ns.faas', 'AAAA']
+        self.assertEqual('fd00:faa5:0:100::1\n', self.host.run(ask).stdout)
+        self.host.run(['ip', '-6', 'address', 'del', 'fd00:faa5:0:100::2/128', 'dev', 'wg0'])
+        lab.wait_until(lambda: self.host.run(ask, ok=None).stdout == 'fd00:faa5:0:100::1\n', 10, 'the address')
+
     def test_a_flushed_table_stops_the_hand_off_until_it_is_back(self):
         ipv6 = self.deploy('guarded', serving.saying('x')).json['ipv6']
         for harm in (['nft', 'flush', 'ruleset'], ['nft', 'flush', 'chain', 'inet', 'faas', 'output']):

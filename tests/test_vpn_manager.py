@@ -393,7 +393,7 @@ class Live(inside.InHost):
         manager = self.up()
         manager.project_addresses(['fd00:faa5:1:0::a', 'fd00:faa5:1:0::b'])
         shell.run(['ip', '-6', 'address', 'add', '2001:db8:5::1/128', 'dev', 'wg0'])
-        own = {registry.GATEWAY, '2001:db8:5::1'}
+        own = {registry.GATEWAY, registry.ZONE_SERVER, '2001:db8:5::1'}
         for wanted in (['fd00:faa5:1:0::b', 'fd00:faa5:1:0::ffff'], [], ['fd00:faa5:1:0::a'], ['fd00:faa5:1:0::a']):
             manager.project_addresses(wanted)
             found = {str(each) for each in manager._link()[1] if not each.is_link_local}
