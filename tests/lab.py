@@ -267,8 +267,8 @@ def remove_cgroups(run, others):
     `others` were there before. What other hosts made since is in use, or empty and their runc makes it again.
     """
     cgroups = set()
-    for state in glob.glob(f'{run}/**/state.json', recursive=True):
-        with contextlib.suppress(OSError, ValueError, AttributeError), open(state) as file:
+    for folder, _, _ in os.walk(f'{run}/'):        # not glob's **: that follows links, out into this machine
+        with contextlib.suppress(OSError, ValueError, AttributeError), open(f'{folder}/state.json') as file:
             cgroups.update(json.load(file).get('cgroup_paths', {}).values())
     for each in cgroups:
         remove_tree(each)
