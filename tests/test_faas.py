@@ -44,6 +44,7 @@ KEYS = [base64.b64encode(bytes([i]) * 32).decode() for i in (1, 2, 3)]
 CONFIG = {'name': 'default', 'private_key': KEYS[0], 'public_key': KEYS[1], 'client_ipv6': 'fd00:faa5:0:100::a',
           'server_public_key': KEYS[2], 'server_endpoint': 'faas.example.com',
           'server_ipv6': 'fd00:faa5:0:100::1', 'allowed_ips': 'fd00:faa5::/32', 'dns': 'fd00:faa5:0:100::1'}
+OURS = faas.with_our_server(b'', faas.ZONE_SERVER)
 
 
 def base64url(raw):
@@ -304,7 +305,7 @@ class TestStore(Case):
             broken += [json.dumps({**CONFIG, field: value}) for value in
                        (None, 7, 'x y', 'a\nPostUp = id', '::1%\nPostUp = id', '::1%\nPostUp = id/64')]
         broken += [json.dumps({**CONFIG, 'client_ipv6': address}) for address in
-                   (faas.GATEWAY, '::1', '1.2.3.4', f'{faas.GATEWAY}%x', f'{faas.GATEWAY}a%x')]
+                   (faas.GATEWAY, faas.ZONE_SERVER, '::1', '1.2.3.4', f'{faas.GATEWAY}%x', f'{faas.GATEWAY}a%x')]
         broken += [json.dumps({**CONFIG, 'peer': '../x'}), json.dumps({**CONFIG, 'server_endpoint': '[::1'})]
         for content in broken:
             self.path.write_bytes(content.encode('latin-1'))
@@ -376,39 +377,98 @@ class TestStore(Case):
 class TestResolvConf(Case):
     def test_our_server_comes_first_and_the_rest_stays_byte_for_byte(self):
         for content in (b'', b'nameserver 192.0.2.1\n', b'# \xff\nsearch a b\r\nnameserver 1.1.1.1', b'\n\n'):
-            ours = faas.with_our_server(content)
-            self.assertEqual(ours, faas.OUR_LINES + content)
-            self.assertEqual(faas.with_our_server(ours), ours)
-            self.assertEqual(faas.without_our_server(ours), content)
+            for server in faas.ZONE_SERVER, faas.GATEWAY:
+                ours = faas.with_our_server(content, server)
+                self.assertEqual(ours, OURS.replace(b'::2', server[-3:].encode()) + content)
+                self.assertEqual(faas.with_our_server(ours, server), ours)
+                self.assertEqual(faas.without_our_server(ours), content)
+
+    def test_rotation_is_off_meanwhile(self):
+        for options in (b'options rotate\n', b'options ndots:2 rotate edns0', b'options\trotate\noptions rotate x\n'):
+            ours = faas.with_our_server(options, faas.ZONE_SERVER)
+            self.assertNotRegex(ours, rb'[\s]rotate')
+            self.assertEqual(faas.without_our_server(ours), options)
+        for other in (b'search rotate\n', b'options rotated\n', b'# options rotate\n'):
+            self.assertEqual(faas.with_our_server(other, faas.ZONE_SERVER), OURS + other)
 
     def test_our_lines_go_wherever_others_moved_them(self):
-        first, second = faas.OUR_LINES.splitlines(keepends=True)
+        first, second = OURS.splitlines(keepends=True)
         self.assertEqual(faas.without_our_server(b'a\n' + second + b'b\n' + first + b'c'), b'a\nb\nc')
 
-    def test_systemd_resolved_counts_only_where_lookups_lead_to_it(self):
-        resolv, nsswitch = pathlib.Path(self.home, 'resolv.conf'), '/nonexistent/nsswitch.conf'
-        with mock.patch.object(faas, 'RESOLV_CONF', str(resolv)):
-            with mock.patch.object(faas, 'run', side_effect=faas.CommandError('not installed')):
-                resolv.write_text('nameserver 127.0.0.53\n')
-                self.assertFalse(faas.resolved_is_in_use())
-            with mock.patch.object(faas, 'run', return_value=b''):
-                self.assertTrue(faas.resolved_is_in_use())
-                resolv.write_text('# nameserver 127.0.0.53\nnameserver 192.0.2.1\n')
-                def elsewhere(path, *more):
-                    return open(path if path == str(resolv) else nsswitch, *more)
-
-                with mock.patch.object(faas, 'open', elsewhere, create=True):
-                    self.assertFalse(faas.resolved_is_in_use())
-
-
-    def test_dns_that_could_not_be_put_back_is_not_forgotten(self):
+    def with_resolvers(self, *resolvers, **others):
+        """What set_dns says where these are the resolvers, and what it prints; the tunnel."""
         tunnel = faas.Tunnel(faas.Silent(), 'default', 'default.json', CONFIG)
-        fails = mock.Mock(side_effect=faas.CommandError('no luck'))
-        for exists, left in ((True, 'resolved'), (False, None)):
-            with mock.patch.multiple(faas, resolved_is_in_use=lambda: True, write_record=mock.Mock(),
-                                     run_as_root=fails, interface_exists=lambda: exists):    # noqa: B023
-                self.assertIn('no luck', tunnel.set_dns())
-            self.assertEqual(tunnel.record['dns'], left)
+        errors = io.StringIO()
+        with mock.patch.multiple(faas, RESOLVERS=resolvers, write_record=mock.Mock(),
+                                 **{'answers_dns': lambda *_: True, 'system_lookup': lambda *_: ['::1'], **others}), \
+                mock.patch.object(sys, 'stderr', errors):
+            return tunnel.set_dns(), errors.getvalue(), tunnel
+
+    def test_a_resolver_that_fails_is_put_back_and_the_next_is_used(self):
+        good, bad = FakeResolver('good'), FakeResolver('bad', set=faas.CommandError('no luck'))
+        problem, said, tunnel = self.with_resolvers(bad, good)
+        self.assertEqual((problem, tunnel.record['dns'], bad.is_set, good.is_set), (None, 'good', None, 'at ::2'))
+        self.assertEqual(said, 'warning: bad: no luck; good is used instead\n')
+
+    def test_one_by_which_no_name_is_found_is_put_back_too(self):
+        deaf, good = FakeResolver('deaf', splits=True), FakeResolver('good')
+        lookup = mock.Mock(side_effect=OSError('no such name'))
+        with mock.patch.object(faas, 'lookup_until', lambda ask, name, *_: ask(name)):
+            problem, said, _ = self.with_resolvers(deaf, good, system_lookup=lookup)
+        self.assertEqual((problem, deaf.is_set, good.is_set), (None, None, 'at ::2'))
+        self.assertEqual(deaf.was, ['at ::1'])
+        self.assertIn('warning: deaf: no such name', said)
+
+    def test_what_could_not_be_put_back_is_not_forgotten(self):
+        stuck = FakeResolver('stuck', set=faas.CommandError('no luck'), restore=faas.CommandError('nor back'))
+        good = FakeResolver('good')
+        problem, _, tunnel = self.with_resolvers(stuck, good)
+        self.assertEqual(problem, 'DNS could not be set up: stuck: no luck; stuck was not put back: nor back')
+        self.assertEqual((tunnel.record['dns'], good.is_set), ('stuck', None))
+
+    def test_an_older_server_is_asked_for_every_name(self):
+        good = FakeResolver('good')
+        problem, said, _ = self.with_resolvers(good, answers_dns=lambda server, *_: server == faas.GATEWAY)
+        self.assertEqual((problem, good.is_set), (None, 'at ::1'))
+        self.assertIn('asked for every name while connected', said)
+
+    def test_systemd_resolved_counts_only_where_lookups_lead_to_it(self):
+        resolv = pathlib.Path(self.home, 'resolv.conf')
+        resolved = faas.Resolved()
+        with mock.patch.object(faas, 'RESOLV_CONF', str(resolv)):
+            for text, runs, nss, answers in (('nameserver 127.0.0.53\n', True, False, True),
+                                             ('nameserver 127.0.0.53\n', False, True, False),
+                                             ('# nameserver 127.0.0.53\nnameserver 192.0.2.1\n', True, False, False),
+                                             ('nameserver 192.0.2.1\n', True, True, True)):
+                resolv.write_text(text)
+                run = mock.Mock(side_effect=None if runs else faas.CommandError('not running'))
+                resolved.is_nss_source = mock.Mock(return_value=nss)
+                with mock.patch.object(faas, 'run', run):
+                    self.assertEqual(resolved.answers(), answers, (text, runs, nss))
+
+
+class FakeResolver:
+    """`is_set` what it is set to now, `was` all it was set to; errors to raise at set and restore."""
+
+    def __init__(self, name, splits=False, set=None, restore=None):
+        self.name, self.splits, self.errors, self.is_set, self.was = name, splits, (set, restore), None, []
+
+    def answers(self):
+        return True
+
+    def stands(self, record):
+        return self.is_set
+
+    def set(self, record, server):
+        self.is_set = f'at {server[-3:]}'
+        self.was.append(self.is_set)
+        if self.errors[0]:
+            raise self.errors[0]
+
+    def restore(self, record):
+        if self.errors[1]:
+            raise self.errors[1]
+        self.is_set = None
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -1025,7 +1085,7 @@ class TestProcess(unittest.TestCase):
 # the client's own steps. The whole story, with the real faasd, is told by test_story.py.
 STAND_IN = r'''
 import http.server, itertools, json, socket, subprocess, threading
-GATEWAY, ENDPOINT = 'fd00:faa5:0:100::1', '203.0.113.10'
+GATEWAY, ZONE_SERVER, ENDPOINT = 'fd00:faa5:0:100::1', 'fd00:faa5:0:100::2', '203.0.113.10'
 PEERS, HOSTS = {}, itertools.count(10)
 
 def do(*argv, stdin=None):
@@ -1039,6 +1099,7 @@ key = do('wg', 'genkey')
 public = do('wg', 'pubkey', stdin=key)
 do('wg', 'set', 'wg0', 'listen-port', '51820', 'private-key', '/dev/stdin', stdin=key)
 do('ip', '-6', 'address', 'add', GATEWAY + '/64', 'dev', 'wg0', 'nodad')
+do('ip', '-6', 'address', 'add', ZONE_SERVER + '/128', 'dev', 'wg0', 'nodad')
 do('ip', 'link', 'set', 'wg0', 'mtu', '1420', 'up')
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -1068,9 +1129,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = self.path.split('/')[-1]
         threading.Timer(0.05, lambda: do('wg', 'set', 'wg0', 'peer', PEERS[name], 'remove')).start()
 
-def dns():
+def dns(address):
     sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-    sock.bind((GATEWAY, 53))
+    sock.bind((address, 53))
     known = {b'\2ns\4faas': GATEWAY, b'\x09fibonacci\4faas': 'fd00:faa5:1::a'}
     while True:
         query, whom = sock.recvfrom(4096)
@@ -1087,7 +1148,8 @@ def dns():
 class Server(http.server.ThreadingHTTPServer):
     address_family = socket.AF_INET6
 
-for each in dns, Server((GATEWAY, 8080), Handler).serve_forever, Server(('::', 51820), Handler).serve_forever:
+for each in (lambda: dns(GATEWAY)), (lambda: dns(ZONE_SERVER)), Server((GATEWAY, 8080), Handler).serve_forever, \
+        Server(('::', 51820), Handler).serve_forever:
     threading.Thread(target=each, daemon=True).start()
 print('ready', flush=True)
 threading.Event().wait()
@@ -1189,7 +1251,7 @@ class TestTunnel(unittest.TestCase):
    [✓] Added route: fd00:faa5::/32 via wg-faas
 
 🔍 Configuring DNS...
-   [✓] DNS server: fd00:faa5:0:100::1
+   [✓] DNS server: fd00:faa5:0:100::1 (resolv.conf)
 
 🧪 Testing connectivity...
    [✓] Ping VPN server: 2.3ms
@@ -1226,6 +1288,7 @@ Last handshake: 23 seconds ago
 Transfer: 1.2 MiB received, 384 KiB sent
 
 Connectivity: ✅ Active
+DNS: ✅ resolv.conf
 
 To disconnect: ./faas vpn disconnect
 '''))
@@ -1362,20 +1425,20 @@ Saved VPN Configurations:
         original = resolv.read_bytes()
         try:
             self.faas('vpn', 'connect')
-            self.assertEqual(resolv.read_bytes(), faas.OUR_LINES + original)
-            resolv.write_bytes(b'search x\n' + faas.OUR_LINES + b'nameserver 192.0.2.7\n')
+            self.assertEqual(resolv.read_bytes(), OURS + original)
+            resolv.write_bytes(b'search x\n' + OURS + b'nameserver 192.0.2.7\n')
             self.faas('vpn', 'disconnect')
             self.assertEqual(resolv.read_bytes(), b'search x\nnameserver 192.0.2.7\n')
             self.faas('vpn', 'connect')
             resolv.write_bytes(b'nameserver 192.0.2.8\n')           # DHCP wrote it anew
             self.assertIn('building it up again', self.faas('vpn', 'connect').stderr)
-            self.assertEqual(resolv.read_bytes(), faas.OUR_LINES + b'nameserver 192.0.2.8\n')
+            self.assertEqual(resolv.read_bytes(), OURS + b'nameserver 192.0.2.8\n')
             self.faas('vpn', 'disconnect')
             self.assertEqual(resolv.read_bytes(), b'nameserver 192.0.2.8\n')
-            resolv.write_bytes(faas.OUR_LINES + original)           # a power cut: our lines, and no record
+            resolv.write_bytes(OURS + original)           # a power cut: our lines, and no record
             self.faas('vpn', 'disconnect')
             self.assertEqual(resolv.read_bytes(), original)
-            resolv.write_bytes(faas.OUR_LINES + original)
+            resolv.write_bytes(OURS + original)
             self.faas('vpn', 'connect')
             self.faas('vpn', 'disconnect')
             self.assertEqual(resolv.read_bytes(), original)
@@ -1408,26 +1471,6 @@ Saved VPN Configurations:
                     self.assertEqual(self.laptop.run(show, ok=None).stdout, before)
                 finally:
                     self.laptop.run(['sh', '-c', restore + '; rm -rf /run/x'])
-
-    def test_systemd_resolved_gets_the_zone_alone(self):
-        self.laptop.run(['mkdir', '-p', '/opt/resolved'])
-        fake = self.laptop.path('/opt/resolved/resolvectl')
-        fake.write_text('#!/bin/sh\necho "$@" >>/tmp/resolvectl\n')
-        fake.chmod(0o755)
-        resolv = self.laptop.path('/etc/resolv.conf')
-        original = resolv.read_bytes()
-        path = {'PATH': '/opt/resolved:' + os.environ['PATH']}
-        try:
-            resolv.write_bytes(b'nameserver 127.0.0.53\n')
-            self.faas('vpn', 'connect', env=path, ok=(3,))          # nobody listens at 127.0.0.53 here
-            self.assertEqual(resolv.read_bytes(), b'nameserver 127.0.0.53\n')
-            self.faas('vpn', 'disconnect', env=path)
-        finally:
-            resolv.write_bytes(original)
-        self.assertEqual(self.laptop.path('/tmp/resolvectl').read_text().splitlines(), [
-            'dns', 'dns wg-faas fd00:faa5:0:100::1', 'domain wg-faas ~faas', 'default-route wg-faas no',
-            'dnssec wg-faas no', 'dnsovertls wg-faas no', 'revert wg-faas'])
-        self.assert_as_before()
 
     def ann(self):
         """(command, environment) of faas for a plain user; a setuid perl stands in for sudo, which may be missing."""
