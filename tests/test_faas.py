@@ -1251,7 +1251,7 @@ class TestTunnel(unittest.TestCase):
    [✓] Added route: fd00:faa5::/32 via wg-faas
 
 🔍 Configuring DNS...
-   [✓] DNS server: fd00:faa5:0:100::1 (resolv.conf)
+   [✓] DNS server: fd00:faa5:0:100::2 (resolv.conf)
 
 🧪 Testing connectivity...
    [✓] Ping VPN server: 2.3ms
@@ -1288,7 +1288,6 @@ Last handshake: 23 seconds ago
 Transfer: 1.2 MiB received, 384 KiB sent
 
 Connectivity: ✅ Active
-DNS: ✅ resolv.conf
 
 To disconnect: ./faas vpn disconnect
 '''))

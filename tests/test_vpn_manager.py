@@ -418,9 +418,10 @@ class Live(inside.InHost):
         self.assertTrue(manager.rules_loaded())
         manager.load_rules()
         self.assertTrue(manager.rules_loaded())
-        handles = re.findall(r'(drop|reject|accept|return) # handle (\d+)', self.nft('-a', 'list', 'table', 'inet', 'faas'))
+        listing = self.nft('-a', 'list', 'table', 'inet', 'faas')
+        handles = re.findall(r'(drop|reject|accept|return) # handle (\d+)', listing)
         self.assertEqual(13, len(handles))
-        chains = re.findall(r'chain (\w+) \{ # handle', self.nft('-a', 'list', 'table', 'inet', 'faas'))
+        chains = re.findall(r'chain (\w+) \{ # handle', listing)
         self.assertEqual(['input', 'output', 'forward'], chains)
         for command in (
             ['flush', 'ruleset'],
