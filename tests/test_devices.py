@@ -1,6 +1,9 @@
 """What a device meets on its way to a real faasd: narrow paths, other WireGuard clients, sudo."""
 import contextlib
 import json
+import os
+import signal
+import subprocess
 import sys
 import unittest
 
@@ -105,6 +108,96 @@ class TestDevices(unittest.TestCase):
         for bad in ('1279', '9001', '0', '-1', 'x', '01300', '１３００'):
             done = self.faas('vpn', 'connect', f'--mtu={bad}', ok=(2,))
             self.assertRegex(done.stderr, r'\Aerror: .* is no MTU from 1280 to 9000\nhint: .*\n\Z')
+
+    # Several configurations
+
+    def two_configs(self):
+        """Saved configs default and work, default connected: their addresses."""
+        self.faas('vpn', 'connect', 'work', '--invite', self.invite())
+        self.faas('vpn', 'disconnect')
+        self.connected()
+        self.addCleanup(self.faas, 'vpn', 'remove', 'work', '--local', ok=None)
+        return [each['ipv6'] for each in self.listed()]
+
+    def listed(self):
+        return json.loads(self.faas('vpn', 'list', '--json').stdout)
+
+    def active(self):
+        return [each['name'] for each in self.listed() if each['status'] == 'active']
+
+    def assert_names_work(self):
+        self.assertEqual(self.laptop.run(['curl', '-s', '--max-time', '5', 'http://fibonacci.faas/?n=3']).stdout,
+                         'Fibonacci sequence (3 steps):\n0, 1, 1\n')
+
+    def test_a_second_config_is_refused_and_switched_to_on_demand(self):
+        default, work = self.two_configs()
+        done = self.faas('vpn', 'connect', 'work', ok=(1,))
+        self.assertEqual(done.stderr, 'error: the VPN is connected already, with another config: default\n'
+                         'hint: disconnect that first (./faas vpn disconnect), or do both at once: add --switch\n')
+        self.assertEqual(self.active(), ['default'])
+        out = self.faas('vpn', 'connect', 'work', '--switch').stdout
+        self.assertRegex(out, f'Disconnecting default...\nActivating (?s:.*){work}/64\n(?s:.*)\nConnected!\n')
+        self.assertEqual(self.active(), ['work'])
+        self.assert_names_work()
+        self.assertEqual(self.faas('vpn', 'connect', 'work', '--switch').stdout, 'Already connected: work\n')
+        self.faas('vpn', 'disconnect')
+        self.assertNotIn('Disconnecting', self.faas('vpn', 'connect', '--switch').stdout)
+        self.addCleanup(self.faas, 'vpn', 'remove', 'new', '--local')
+        self.faas('vpn', 'connect', 'new', '--switch', '--invite', self.invite())
+        self.assertEqual(self.active(), ['new'])
+        self.assert_names_work()
+
+    def test_a_switch_that_fails_goes_back(self):
+        self.two_configs()
+        before = self.laptop.path('/etc/resolv.conf').read_bytes()
+        path = self.laptop.path('/root/.config/faas/vpn/work.json')
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, 'server_public_key': config['public_key']}))
+        done = self.faas('vpn', 'connect', 'work', '--switch', ok=(1,))
+        self.assertRegex(done.stderr, r'\AConnected again: default\nerror: .* \(no WireGuard handshake\)\nhint: .*\n\Z')
+        self.assertEqual(self.active(), ['default'])
+        self.assert_names_work()
+        self.assertEqual(self.laptop.path('/etc/resolv.conf').read_bytes(), before)
+        path.write_text('{')
+        self.assertIn('cannot be used', self.faas('vpn', 'connect', 'work', '--switch', ok=(1,)).stderr)
+        self.assert_names_work()                        # it never ended
+
+    def test_a_switch_that_can_not_go_back_says_where_it_stands(self):
+        self.two_configs()
+        for name in 'work', 'default':
+            path = self.laptop.path(f'/root/.config/faas/vpn/{name}.json')
+            config = json.loads(path.read_text())
+            path.write_text(json.dumps({**config, 'server_endpoint': 'gone.invalid'}))
+        done = self.faas('vpn', 'connect', 'work', '--switch', ok=(1,))
+        self.assertRegex(done.stderr, r'\Awarning: default was disconnected and could not be connected again: .*\n'
+                                      r"error: the server's address gone.invalid cannot be found: .*\nhint: .*\n\Z")
+        self.assertEqual(self.active(), [])
+        self.assertEqual(self.faas('vpn', 'status', ok=(3,)).stdout.splitlines()[0], 'Status: Not connected')
+
+    def test_an_interrupted_switch_goes_back(self):
+        self.two_configs()
+        slow = self.laptop.path('/opt/slow/ping')
+        slow.parent.mkdir(exist_ok=True)
+        slow.write_text('#!/bin/sh\nexec sleep 60\n')
+        slow.chmod(0o755)
+        process = self.laptop.popen([sys.executable, '-u', FAAS, 'vpn', 'connect', 'work', '--switch'], text=True,
+                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                    env={'PATH': '/opt/slow:' + os.environ['PATH']})
+        while 'DNS server' not in process.stdout.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.communicate(timeout=30)[1], 'Connected again: default\nerror: interrupted\n')
+        self.assertEqual((process.returncode, self.active()), (130, ['default']))
+        self.assert_names_work()
+
+    def test_somebody_elses_connection_is_not_switched_away(self):
+        self.two_configs()
+        self.addCleanup(self.laptop.run, ['rm', '-rf', '/tmp/other'])
+        self.laptop.run(['sh', '-c', 'mkdir /tmp/other; cp -r ~/.config /tmp/other'])
+        done = self.faas('vpn', 'connect', 'work', '--switch', ok=(1,), env={'HOME': '/tmp/other'})
+        self.assertEqual(done.stderr, 'error: the VPN is connected with a config that is not among yours: '
+                         '/root/.config/faas/vpn/default.json\nhint: if it may end: ./faas vpn disconnect\n')
+        self.assertEqual(self.active(), ['default'])
 
 
 if __name__ == '__main__':
