@@ -7,7 +7,7 @@ import subprocess
 import sys
 import unittest
 
-from tests import lab, serving
+from tests import lab, packages, serving
 
 FAAS = lab.REPO / 'faas'
 BIG = "def app(environ, start_response):\n    start_response('200 OK', [])\n    return [b'x' * 100000]\n"
@@ -198,6 +198,101 @@ class TestDevices(unittest.TestCase):
         self.assertEqual(done.stderr, 'error: the VPN is connected with a config that is not among yours: '
                          '/root/.config/faas/vpn/default.json\nhint: if it may end: ./faas vpn disconnect\n')
         self.assertEqual(self.active(), ['default'])
+
+    # A person with sudo
+
+    def joe(self, sudoers):
+        """Run the client as a plain user whom sudo lets do this: a function like self.faas."""
+        packages.put(self.laptop, 'sudo')
+        self.laptop.run(['sh', '-c', r"""
+            rm -rf /home/joe /run/sudo; mkdir -p /opt/joe; cp "$1" /opt/joe/faas
+            if ! id joe >/dev/null 2>&1; then
+                echo 'joe:x:4712:4712::/home/joe:/bin/sh' >>/etc/passwd
+                echo 'joe:x:4712:' >>/etc/group
+                echo 'joe:*:19000:0:99999:7:::' >>/etc/shadow
+            fi
+            mkdir -m 700 /home/joe; chown joe:joe /home/joe""", 'sh', FAAS])
+        path = self.laptop.path('/etc/sudoers')
+        path.write_text(f'Defaults env_reset\n{sudoers}\n')
+        path.chmod(0o440)
+
+        def faas(*words, ok=(0,), by=('/usr/bin/python3',), **options):
+            command = ['setpriv', '--reuid=joe', '--regid=joe', '--init-groups', *by, '/opt/joe/faas', *words]
+            return self.laptop.run(command, ok=ok, cwd='/home/joe', env=env, **options)
+
+        env = {'HOME': '/home/joe', 'USER': 'joe', 'LOGNAME': 'joe', 'PATH': '/usr/local/bin:/usr/bin:/bin'}
+        self.addCleanup(self.laptop.run, ['rm', '-rf', '/home/joe'])
+        self.addCleanup(self.faas, 'vpn', 'disconnect', ok=None)
+        return faas
+
+    def state(self):
+        """What a connection may change on the laptop."""
+        say = ('ip -o link; ip -6 route | sort; cat /etc/resolv.conf; ls -l /etc/resolv.conf; ls -A /etc | grep resolv;'
+               ' ls -A /run/faas; pgrep wireguard; find /home/joe/.config -name "*.json"')
+        return self.laptop.run(['sh', '-c', say], ok=None).stdout
+
+    def test_everything_works_for_a_person_with_sudo(self):
+        joe = self.joe('joe ALL=(ALL) NOPASSWD: ALL')
+        joe('vpn', 'connect', '--invite', self.invite('--admin'))
+        self.assert_names_work()
+        self.assertRegex(joe('vpn', 'status').stdout, r'Last handshake: \d+ seconds? ago\n')
+        self.assertRegex(joe('vpn', 'list').stdout, r'\ndefault +fd00:\S+ +active\n')
+        self.assertIn('fibonacci', joe('list').stdout)
+        self.addCleanup(self.on_server, 'vpn', 'remove', 'phone')
+        self.assertIn('\nDNS = fd00:faa5:0:100::1\n', joe('vpn', 'create', 'phone').stdout)
+        self.assertIn('phone', joe('vpn', 'list', '--peers').stdout)
+        token = joe('vpn', 'invite').stdout.split()[-1]
+        self.assertEqual(joe('vpn', 'connect', '--mtu', '1300').returncode, 0)
+        joe('vpn', 'connect', 'second', '--switch', '--invite', token)
+        self.assertEqual(joe('vpn', 'disconnect').stdout, 'Disconnecting FaaS VPN...\n\nDisconnected.\n')
+        joe('vpn', 'connect', by=('sudo', '/usr/bin/python3'))          # the same configs by "sudo ./faas"
+        self.assertRegex(joe('vpn', 'list', by=('sudo', '/usr/bin/python3')).stdout, r'\ndefault .* active\n')
+        strangers = self.laptop.run(['sh', '-c', 'find /home/joe ! -user joe -o ! -group joe; '
+                                     'find /home/joe -type f ! -perm 600; find /root/.config -name "*.json"'], ok=None)
+        self.assertEqual(strangers.stdout, '')
+        joe('vpn', 'disconnect')
+        joe('vpn', 'remove', 'second', by=('sudo', '/usr/bin/python3'))
+        self.assertEqual(joe('vpn', 'remove').stdout, 'Removed VPN configuration: default\n')
+        self.assertEqual(joe('vpn', 'list', '--json').stdout, '[]\n')
+        self.assertEqual(self.laptop.run(['ls', '-A', '/run/faas']).stdout, 'lock\n')
+
+    def test_the_password_is_asked_for_once(self):
+        self.joe('joe ALL=(ALL) ALL')
+        self.laptop.run(['chpasswd', '-c', 'SHA512'], input='joe:secret')
+        command = f'/usr/bin/python3 /opt/joe/faas vpn connect --invite {self.invite()}'
+        command = ['setpriv', '--reuid=joe', '--regid=joe', '--init-groups', 'script', '-qec', command, '/dev/null']
+        process = self.laptop.popen(command, env={'HOME': '/home/joe', 'USER': 'joe', 'TERM': 'xterm'}, cwd='/home/joe',
+                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with process:
+            said = b''
+            while b'password for joe:' not in said:     # what is typed before is thrown away
+                said += process.stdout.read(1) or self.fail(said)
+            process.stdin.write(b'secret\n')
+            process.stdin.flush()
+            said += process.stdout.read()
+        self.assertIn('✅ Connected!', said.decode())
+        self.assertEqual(said.count(b'password for'), 1, said.decode())
+        self.faas('vpn', 'disconnect')
+
+    def test_a_sudo_that_refuses_is_one_error_and_changes_nothing(self):
+        ip, shell = (self.laptop.run(['sh', '-c', f'command -v {name}']).stdout.strip() for name in ('ip', 'sh'))
+        self.laptop.run(['rm', '-rf', '/run/faas'])
+        for sudoers, says in (
+                ('', 'this needs root, and sudo did not give it: '),                    # it wants a password
+                ('joe ALL=(ALL', 'this needs root, and sudo did not give it: '),        # a broken file
+                ('Defaults !authenticate\njoe ALL=(ALL) /bin/ls', 'this needs root, and sudo did not give it: Sorry, '),
+                (f'joe ALL=(ALL) NOPASSWD: {ip}', 'sudo: a password is required'),
+                (f'joe ALL=(ALL) NOPASSWD: {ip}, {shell}, /usr/bin/setsid', 'Added peer: server: failed: ')):
+            joe, token = self.joe(sudoers), self.invite()
+            before = self.state()
+            done = joe('vpn', 'connect', '--invite', token, ok=(1,))
+            with self.subTest(sudoers, said=done.stderr):
+                self.assertRegex(done.stderr, r'\Aerror: .*\nhint: .*\n\Z')
+                self.assertIn(says, done.stderr)
+                if 'peer' in says:                      # registered: that is kept
+                    self.assertIn('default.json', self.laptop.run(['ls', '/home/joe/.config/faas/vpn']).stdout)
+                    self.laptop.run(['rm', '-rf', '/home/joe/.config', '/run/faas'])
+                self.assertEqual(self.state(), before)
 
 
 if __name__ == '__main__':
