@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -203,7 +204,8 @@ class TestDevices(unittest.TestCase):
 
     def joe(self, sudoers):
         """Run the client as a plain user whom sudo lets do this: a function like self.faas."""
-        packages.put(self.laptop, 'sudo')
+        if self.laptop.run(['which', 'sudo'], ok=None).returncode:
+            packages.put(self.laptop, 'sudo')
         self.laptop.run(['sh', '-c', r"""
             rm -rf /home/joe /run/sudo; mkdir -p /opt/joe; cp "$1" /opt/joe/faas
             if ! id joe >/dev/null 2>&1; then
@@ -248,7 +250,7 @@ class TestDevices(unittest.TestCase):
         joe('vpn', 'connect', by=('sudo', '/usr/bin/python3'))          # the same configs by "sudo ./faas"
         self.assertRegex(joe('vpn', 'list', by=('sudo', '/usr/bin/python3')).stdout, r'\ndefault .* active\n')
         strangers = self.laptop.run(['sh', '-c', 'find /home/joe ! -user joe -o ! -group joe; '
-                                     'find /home/joe -type f ! -perm 600; find /root/.config -name "*.json"'], ok=None)
+                                     'find /home/joe -type f ! -perm 600; find /root/.config/faas -name "*.json"'], ok=None)
         self.assertEqual(strangers.stdout, '')
         joe('vpn', 'disconnect')
         joe('vpn', 'remove', 'second', by=('sudo', '/usr/bin/python3'))
@@ -293,6 +295,95 @@ class TestDevices(unittest.TestCase):
                     self.assertIn('default.json', self.laptop.run(['ls', '/home/joe/.config/faas/vpn']).stdout)
                     self.laptop.run(['rm', '-rf', '/home/joe/.config', '/run/faas'])
                 self.assertEqual(self.state(), before)
+
+    # Devices without the client
+
+    def configuration(self, *options):
+        """What `vpn create phone` prints."""
+        self.addCleanup(self.on_server, 'vpn', 'remove', 'phone')
+        return self.on_server('vpn', 'create', 'phone', *options)
+
+    def other_host(self):
+        """A host that reaches the server and has nothing of ours."""
+        host = lab.Host('other')
+        self.addCleanup(host.close)
+        lab.join(self.server, host, ('198.51.100.1/24',), ('198.51.100.2/24',))
+        host.run(['ip', 'route', 'add', 'default', 'via', '198.51.100.1'])
+        return host
+
+    def test_wg_quick_takes_the_configuration(self):
+        phone = self.other_host()
+        text = self.configuration()
+        path = phone.path('/etc/wireguard/phone.conf')
+        path.touch(0o600)
+        path.write_text(text)
+        phone.run(['rm', '-f', '/sbin/resolvconf', '/usr/sbin/resolvconf', '/usr/bin/resolvconf'])
+        done = phone.run(['wg-quick', 'up', 'phone'], ok=None)
+        self.assertNotEqual(done.returncode, 0)         # as docs/DEVICES.md says: it wants resolvconf for DNS
+        self.assertIn('resolvconf: command not found', done.stderr)
+        self.assertNotIn('phone', phone.run(['ip', '-o', 'link']).stdout)
+        packages.put(phone, 'openresolv')
+        phone.run(['wg-quick', 'up', 'phone'])
+        fibonacci = ['curl', '-s', '--max-time', '5', 'http://fibonacci.faas/?n=3']
+        self.assertEqual(phone.run(fibonacci).stdout, 'Fibonacci sequence (3 steps):\n0, 1, 1\n')
+        self.assertRegex(self.on_server('vpn', 'list', '--peers'), r'\nphone .* active\n')
+        phone.run(['wg-quick', 'down', 'phone'])
+        self.assertEqual(phone.path('/etc/resolv.conf').read_text(), f'nameserver {lab.NAMESERVER}\n')
+        path.write_text(text.replace('DNS = fd00:faa5:0:100::1\n', ''))
+        phone.run(['rm', '/usr/sbin/resolvconf'])
+        phone.run(['wg-quick', 'up', 'phone'])          # addresses without names
+        self.assertIn('0, 1, 1', phone.run([*fibonacci, '--resolve', 'fibonacci.faas:80:[fd00:faa5:1:0::a]']).stdout)
+
+    def test_network_manager_imports_the_configuration(self):
+        desk = self.other_host()
+        packages.put(desk, 'dbus-daemon', 'network-manager', 'libnm0', 'libndp0', 'libteamdctl0', 'libjansson4',
+                     'libmm-glib0', 'libpsl5', 'libbluetooth3', 'libcurl3-gnutls', 'libpolkit-gobject-1-0',
+                     'libpolkit-agent-1-0', 'libreadline8', 'libnewt0.52', 'libslang2')
+        text = self.configuration()
+        key = re.search('PrivateKey = (.*)', text)[1]
+        path = desk.path('/root/phone.conf')
+        path.touch(0o600)
+        path.write_text(text)
+        desk.run(['sh', '-c', '[ ! -e /dev/rfkill ] || mount --bind /dev/null /dev/rfkill; mkdir -p /run/dbus; '
+                  'grep -q ^messagebus: /etc/passwd || echo messagebus:x:4713:4713::/:/bin/false >>/etc/passwd'])
+        quiet = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
+        desk.popen(['dbus-daemon', '--system', '--nofork', '--nopidfile'], **quiet)
+        lab.wait_until(desk.path('/run/dbus/system_bus_socket').exists, 10, 'dbus')
+        desk.popen(['NetworkManager', '--no-daemon'], **quiet)
+        lab.wait_until(lambda: desk.run(['nmcli', 'general'], ok=None).returncode == 0, 20, 'NetworkManager')
+        done = desk.run(['nmcli', 'connection', 'import', 'type', 'wireguard', 'file', '/root/phone.conf'])
+        self.assertRegex(done.stdout, "^Connection 'phone' .* successfully added")
+        desk.run(['nmcli', 'connection', 'modify', 'phone', 'ipv6.dns-search', '~faas'])        # of docs/DEVICES.md
+        kept = desk.path('/etc/NetworkManager/system-connections/phone.nmconnection').read_text()
+        for line in (f'private-key={key}', 'endpoint=203.0.113.10:51820', 'allowed-ips=fd00:faa5::/32;',
+                     'dns=fd00:faa5:0:100::1;', 'dns-search=~faas;', 'persistent-keepalive=25'):
+            self.assertIn(f'\n{line}\n', kept)
+        self.assertRegex(kept, r'\naddress1=fd00:faa5:0:100::\w+/64\n')
+
+    def test_a_phone_scans_it(self):
+        packages.put(self.server, 'qrencode', 'libqrencode4', 'libpng16-16')
+        spy = self.server.path('/opt/spy/qrencode')
+        spy.parent.mkdir()
+        spy.write_text('#!/bin/sh\necho "$@" >/tmp/argv; tee /tmp/stdin | exec /usr/bin/qrencode "$@"\n')
+        spy.chmod(0o755)
+        self.addCleanup(self.on_server, 'vpn', 'remove', 'phone')
+        done = self.server.run(['/usr/bin/python3', FAAS, 'vpn', 'create', 'phone', '--qr'],
+                               env={'PATH': f'/opt/spy:{os.environ["PATH"]}'})
+        lines = re.sub(r'\x1b\[[0-9;]*m', '', done.stdout).splitlines()
+        self.assertEqual({len(line) for line in lines}, {69})
+        self.assertEqual(len(lines), 35)                # fits a terminal of 80 columns and 40 lines
+        self.assertEqual({*''.join(lines)}, {*' ▀▄█'})
+        self.assertEqual(self.server.path('/tmp/argv').read_text(), '-t ansiutf8\n')
+        text = self.server.path('/tmp/stdin').read_text()
+        self.assertRegex(text, r'\A\[Interface\]\nPrivateKey = (?s:.*)PersistentKeepalive = 25\n\Z')
+        self.assertNotIn('PrivateKey', done.stdout + done.stderr)
+
+    def test_no_program_for_the_qr_code_makes_no_peer(self):
+        self.laptop.run(['rm', '-f', '/usr/bin/qrencode'])
+        done = self.laptop.run([sys.executable, FAAS, 'vpn', 'create', 'phone', '--qr'], ok=(1,))
+        self.assertEqual(done.stderr, "error: the program 'qrencode' is not installed\n"
+                         'hint: install it: sudo apt install qrencode\n')
+        self.assertNotIn('phone', self.on_server('vpn', 'list', '--peers'))
 
 
 if __name__ == '__main__':

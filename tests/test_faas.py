@@ -643,7 +643,7 @@ PersistentKeepalive = 25
                                       ((200, {'ipv6': '::1'}), None, faas.Failure)):
             server = self.serve(answer)
             args, stdout = mock.Mock(), mock.Mock(**{'write.side_effect': error, 'fileno.return_value': 1})
-            args.name = 'phone'
+            args.name, args.qr = 'phone', False
             with mock.patch.object(faas, 'new_keys', return_value=(KEYS[0], KEYS[1])), \
                     mock.patch.object(faas, 'need_programs'), mock.patch.object(sys, 'stdout', stdout), \
                     self.assertRaises(raised) as caught:
