@@ -249,9 +249,9 @@ class TestDevices(unittest.TestCase):
         self.assertEqual(joe('vpn', 'disconnect').stdout, 'Disconnecting FaaS VPN...\n\nDisconnected.\n')
         joe('vpn', 'connect', by=('sudo', '/usr/bin/python3'))          # the same configs by "sudo ./faas"
         self.assertRegex(joe('vpn', 'list', by=('sudo', '/usr/bin/python3')).stdout, r'\ndefault .* active\n')
-        strangers = self.laptop.run(['sh', '-c', 'find /home/joe ! -user joe -o ! -group joe; '
-                                     'find /home/joe -type f ! -perm 600; find /root/.config/faas -name "*.json"'], ok=None)
-        self.assertEqual(strangers.stdout, '')
+        strangers = ('find /home/joe ! -user joe -o ! -group joe; find /home/joe -type f ! -perm 600; '
+                     'find /root/.config/faas -name "*.json"')
+        self.assertEqual(self.laptop.run(['sh', '-c', strangers], ok=None).stdout, '')
         joe('vpn', 'disconnect')
         joe('vpn', 'remove', 'second', by=('sudo', '/usr/bin/python3'))
         self.assertEqual(joe('vpn', 'remove').stdout, 'Removed VPN configuration: default\n')

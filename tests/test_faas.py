@@ -1,4 +1,5 @@
 """The client. Its pure parts, its API against servers that misbehave, and its steps with real ip, wg and tunnels."""
+import ast
 import base64
 import contextlib
 import hashlib
@@ -997,6 +998,24 @@ class TestDocs(Case):
         documented = re.findall(r'^### `(.*)`$', docs, re.MULTILINE)
         self.assertEqual(documented, [f'faas {faas.synopsis(verb, options)}' for verb, _, _, options in faas.VERBS])
         self.assertEqual(self.faas('vpn', '--help')[1].count('  faas vpn '), 7)
+
+    @unittest.skipIf(sys.version_info < (3, 11), 'the server\'s modules are of Python 3.11')
+    def test_the_errors_in_the_docs_are_those_of_the_programs(self):
+        said = []
+        for path in [FAAS, *REPO.glob('*.py')]:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):             # f'there is no {thing}' is 'there is no …'
+                    said.append('…'.join(part.value for part in node.values if isinstance(part, ast.Constant)))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    said.append(node.value)
+        said = '\n'.join(said)
+        tables = (REPO / 'docs/TROUBLESHOOTING.md').read_text().replace('wg-faas', '…').replace('wg0', '…').replace(
+            'inet faas', 'inet …')
+        for row in re.findall(r'^\| (.*?) \|', tables, re.MULTILINE):
+            if '(from `' not in row:                            # another program's words
+                for quoted in re.findall('`([^`]+)`', row):
+                    for part in re.split(r'…|\(/run/faasd.*|\(TCP\).*|\(HTTP.*', quoted):
+                        self.assertIn(part.strip('() ,;:'), said, row)
 
     def test_every_setting_and_exit_code_stands_in_the_docs(self):
         docs = (REPO / 'docs/CLI.md').read_text()
