@@ -140,6 +140,17 @@ class TestDevices(unittest.TestCase):
         self.assertRegex(out, f'Disconnecting default...\nActivating (?s:.*){work}/64\n(?s:.*)\nConnected!\n')
         self.assertEqual(self.active(), ['work'])
         self.assert_names_work()
+        command = f'{sys.executable} {FAAS} vpn list'
+        shown = self.laptop.run(['script', '-qec', command, '/dev/null'], env={'TERM': 'xterm'})
+        self.assertEqual(shown.stdout.replace('\r\n', '\n'), f'''
+Saved VPN Configurations:
+┌──────────────┬────────────────────────┬──────────┐
+│ Name         │ IPv6                   │ Status   │
+├──────────────┼────────────────────────┼──────────┤
+│ default      │ {default:<22} │ saved    │
+│ work         │ {work:<22} │ active   │
+└──────────────┴────────────────────────┴──────────┘
+''')
         self.assertEqual(self.faas('vpn', 'connect', 'work', '--switch').stdout, 'Already connected: work\n')
         self.faas('vpn', 'disconnect')
         self.assertNotIn('Disconnecting', self.faas('vpn', 'connect', '--switch').stdout)
