@@ -256,8 +256,10 @@ def remove_cgroups(run, others):
     `others` were there before. What other hosts made since is in use, or empty and their runc makes it again.
     """
     cgroups = set()
-    for state in glob.glob(f'{run}/**/state.json', recursive=True):
-        with contextlib.suppress(OSError, ValueError, AttributeError), open(state) as file:
+    for folder, _, files in os.walk(run):           # glob would follow links, and they lead out of the host
+        if 'state.json' not in files:
+            continue
+        with contextlib.suppress(OSError, ValueError, AttributeError), open(f'{folder}/state.json') as file:
             cgroups.update(json.load(file).get('cgroup_paths', {}).values())
     for cgroup in cgroups:
         for _ in range(50):                         # a killed process leaves its cgroup a moment late
