@@ -1,4 +1,7 @@
-"""The client. Its pure parts, its API against servers that misbehave, and its steps with real ip, wg and tunnels."""
+"""The client. Its pure parts, its API against servers that misbehave, and its steps with real ip, wg and tunnels.
+
+The client runs by the Python that runs the tests: `python3.9 -m tests test_faas test_devices` tries it with that one.
+"""
 import ast
 import base64
 import contextlib
