@@ -1352,7 +1352,10 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         self._json(self.server.faasd.list())
 
     def _health(self, caller, _):
-        self._json(self.server.faasd.health(with_recent=caller.role in ('local', 'admin')))
+        answer = self.server.faasd.health(with_recent=caller.role in ('local', 'admin'))
+        if pad := self._query.get('pad'):  # a client that tries whether full packets arrive, in both directions
+            answer['pad'] = pad
+        self._json(answer)
 
     def _ip(self, caller, name):
         self._json(self.server.faasd.ip(name))

@@ -1,4 +1,8 @@
-"""The client. Its pure parts, its API against servers that misbehave, and its steps with real ip, wg and tunnels."""
+"""The client. Its pure parts, its API against servers that misbehave, and its steps with real ip, wg and tunnels.
+
+The client runs by the Python that runs the tests: `python3.9 -m tests test_faas test_devices` tries it with that one.
+"""
+import ast
 import base64
 import contextlib
 import hashlib
@@ -40,6 +44,7 @@ def load():
 
 
 faas = load()
+NEED_IPV6 = faas.need_ipv6
 KEYS = [base64.b64encode(bytes([i]) * 32).decode() for i in (1, 2, 3)]
 CONFIG = {'name': 'default', 'private_key': KEYS[0], 'public_key': KEYS[1], 'client_ipv6': 'fd00:faa5:0:100::a',
           'server_public_key': KEYS[2], 'server_endpoint': 'faas.example.com',
@@ -307,6 +312,7 @@ class TestStore(Case):
         broken += [json.dumps({**CONFIG, 'client_ipv6': address}) for address in
                    (faas.GATEWAY, faas.ZONE_SERVER, '::1', '1.2.3.4', f'{faas.GATEWAY}%x', f'{faas.GATEWAY}a%x')]
         broken += [json.dumps({**CONFIG, 'peer': '../x'}), json.dumps({**CONFIG, 'server_endpoint': '[::1'})]
+        self.path.touch(0o600)
         for content in broken:
             self.path.write_bytes(content.encode('latin-1'))
             failure = self.failure(self.store.load, 'default')
@@ -317,6 +323,35 @@ class TestStore(Case):
         self.assertIn('warning: the saved config', err)
         self.assertEqual(self.faas('vpn', 'remove', '--local')[0], 0)
         self.assertFalse(self.path.exists())
+
+    def test_a_config_of_a_newer_version_is_not_misread(self):
+        for version in (2, '2', None):
+            self.store.save('default', {'version': version, 'what': 'ever'})
+            failure = self.failure(self.store.load, 'default')
+            self.assertIn(f'default.json is of version {version}, this faas knows 1', failure.message)
+            self.assertIn('use the newer faas', failure.hint)
+        self.store.save('default', {**CONFIG, 'version': 1, 'later': 'fields are no harm'})
+        self.assertEqual(self.store.load('default')['client_ipv6'], CONFIG['client_ipv6'])
+
+    def test_an_mtu_in_a_config_is_a_number_in_range(self):
+        for mtu in (1279, 9001, '1420', 1420.0, True, None, [1420]):
+            self.store.save('default', {**CONFIG, 'mtu': mtu})
+            self.assertIn('mtu is no number from 1280 to 9000', self.failure(self.store.load, 'default').message)
+
+    def test_a_config_that_others_can_read_is_mended_and_told(self):
+        self.store.save('default', CONFIG)
+        self.assertEqual(self.faas('vpn', 'list')[2], '')
+        for mode in (0o644, 0o640, 0o604, 0o666):
+            self.path.chmod(mode)
+            self.assertEqual(self.faas('vpn', 'list')[2], f'warning: others could read {self.path}, which holds a '
+                             'private key; it is 0600 from now on\n')
+            self.assertEqual(stat.S_IMODE(self.path.stat().st_mode), 0o600)
+        self.path.chmod(0o644)
+        with mock.patch.object(faas.os, 'fchmod', side_effect=PermissionError(1, 'Operation not permitted')):
+            code, out, err = self.faas('vpn', 'list')
+        self.assertEqual((code, err), (0, f'warning: others can read {self.path}, which holds a private key: '
+                                       'chmod 600 it\n'))
+        self.assertIn('saved', out)
 
     def test_names_of_other_files_are_no_configs(self):
         self.store.save('laptop', CONFIG)
@@ -672,7 +707,7 @@ PersistentKeepalive = 25
                                       ((200, {'ipv6': '::1'}), None, faas.Failure)):
             server = self.serve(answer)
             args, stdout = mock.Mock(), mock.Mock(**{'write.side_effect': error, 'fileno.return_value': 1})
-            args.name = 'phone'
+            args.name, args.qr = 'phone', False
             with mock.patch.object(faas, 'new_keys', return_value=(KEYS[0], KEYS[1])), \
                     mock.patch.object(faas, 'need_programs'), mock.patch.object(sys, 'stdout', stdout), \
                     self.assertRaises(raised) as caught:
@@ -827,6 +862,15 @@ class TestConnectRefusals(Case):
             self.enterContext(mock.patch.object(faas, name))
         faas.tunnel_lock.side_effect = contextlib.nullcontext
         self.record = self.enterContext(mock.patch.object(faas, 'read_record', return_value=None))
+
+    def test_a_kernel_without_ipv6_is_told_first_of_all(self):
+        faas.need_ipv6.side_effect = NEED_IPV6
+        with mock.patch.object(faas.socket, 'socket', side_effect=OSError(97, 'Address family not supported')), \
+                mock.patch.object(faas, 'open', create=True, side_effect=FileNotFoundError):    # no /proc/sys/net/ipv6
+            self.fails('vpn', 'connect', '--invite', token(), says='no IPv6 (Address family not supported)',
+                       hints='ipv6.disable=1')
+        self.assertEqual((faas.need_root.called, faas.need_programs.called), (False, False))
+        self.assertEqual(os.listdir(self.home), [])
 
     def test_no_config_and_no_invite(self):
         self.fails('vpn', 'connect', says="no saved config 'default'", hints='sudo ./faas vpn invite')
@@ -1017,6 +1061,24 @@ class TestDocs(Case):
         documented = re.findall(r'^### `(.*)`$', docs, re.MULTILINE)
         self.assertEqual(documented, [f'faas {faas.synopsis(verb, options)}' for verb, _, _, options in faas.VERBS])
         self.assertEqual(self.faas('vpn', '--help')[1].count('  faas vpn '), 7)
+
+    @unittest.skipIf(sys.version_info < (3, 11), 'the server\'s modules are of Python 3.11')
+    def test_the_errors_in_the_docs_are_those_of_the_programs(self):
+        said = []
+        for path in [FAAS, *REPO.glob('*.py')]:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):             # f'there is no {thing}' is 'there is no …'
+                    said.append('…'.join(part.value for part in node.values if isinstance(part, ast.Constant)))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    said.append(node.value)
+        said = '\n'.join(said)
+        tables = (REPO / 'docs/TROUBLESHOOTING.md').read_text().replace('wg-faas', '…').replace('wg0', '…').replace(
+            'inet faas', 'inet …')
+        for row in re.findall(r'^\| (.*?) \|', tables, re.MULTILINE):
+            if '(from `' not in row:                            # another program's words
+                for quoted in re.findall('`([^`]+)`', row):
+                    for part in re.split(r'…|\(/run/faasd.*|\(TCP\).*|\(HTTP.*', quoted):
+                        self.assertIn(part.strip('() ,;:'), said, row)
 
     def test_every_setting_and_exit_code_stands_in_the_docs(self):
         docs = (REPO / 'docs/CLI.md').read_text()
@@ -1598,13 +1660,110 @@ Saved VPN Configurations:
         self.faas('vpn', 'remove', 'other')
         self.assert_as_before()
 
-    def test_no_ipv6_for_new_interfaces(self):
-        self.laptop.run(['sysctl', '-qw', 'net.ipv6.conf.default.disable_ipv6=1'])
-        try:
-            self.assertIn('IPv6 is disabled', self.faas('vpn', 'connect', ok=(1,)).stderr)
-        finally:
-            self.laptop.run(['sysctl', '-qw', 'net.ipv6.conf.default.disable_ipv6=0'])
+    # Bad input and bad machines: one error, and nothing of it stays
+
+    def refused(self, *words, code=1, says='', **options):
+        """The command fails with this one error and leaves all as it was."""
+        done = self.faas(*words, ok=(code,), **options)
+        self.assertRegex(done.stderr, r'\Aerror: .*\nhint: .*\n\Z')
+        self.assertIn(says, done.stderr)
         self.assert_as_before()
+        return done
+
+    def test_ipv6_switched_off(self):
+        ann, env = self.ann()
+        connect = [*ann, 'vpn', 'connect', '--server', '203.0.113.10']
+        for which in 'all', 'default':
+            self.laptop.run(['sysctl', '-qw', f'net.ipv6.conf.{which}.disable_ipv6=1'])
+            self.before = self.state()
+            try:
+                self.refused('vpn', 'connect', says='IPv6 is disabled on this machine')
+                self.refused('vpn', 'remove', says='IPv6 is disabled on this machine')
+                done = self.laptop.run(connect, env=env, cwd='/', ok=(1,))
+                self.assertIn('IPv6 is disabled on this machine', done.stderr)
+                hint = re.search('sudo (sysctl -w .*=0)', done.stderr)[1]
+                self.laptop.run(hint.split())
+                self.assert_works()
+            finally:
+                self.laptop.run(['sysctl', '-qw', 'net.ipv6.conf.all.disable_ipv6=0'])
+        self.assertEqual(self.laptop.path('/tmp/sudone').read_text(), '')           # nobody was asked for a password
+        self.assertEqual(self.laptop.run(['ls', '-A', '/home/ann']).stdout, '')
+
+    def test_an_interface_of_that_name_that_is_not_ours(self):
+        self.laptop.run(['ip', 'tuntap', 'add', 'wg-faas', 'mode', 'tun'])
+        before, self.before = self.before, self.state()
+        try:
+            for words in ('connect',), ('connect', '--switch'), ('connect', 'new', '--server', '203.0.113.10'), \
+                    ('disconnect',), ('remove',):
+                self.refused('vpn', *words, says='an interface wg-faas that this program did not make')
+            self.assertIn('did not make', self.faas('vpn', 'status', ok=(3,)).stderr)
+        finally:
+            self.laptop.run(['ip', 'link', 'delete', 'wg-faas'])
+        self.before = before
+        self.assert_works()
+
+    def test_a_config_that_is_cut_off_or_newer_or_not_private(self):
+        path = self.laptop.path('/root/.config/faas/vpn/default.json')
+        whole = path.read_text()
+        for content, says in ((whole[:100], 'cannot be used: not JSON'), ('', 'cannot be used: not JSON'),
+                              (whole.replace('{', '{"version": 2,'), 'is of version 2, this faas knows 1')):
+            path.write_text(content)
+            for verb in 'connect', 'remove':
+                self.refused('vpn', verb, says=says)
+            self.assertEqual(path.read_text(), content)
+        path.write_text(whole)
+        path.chmod(0o644)
+        self.assertIn('others could read /root/.config', self.faas('vpn', 'connect').stderr)
+        self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o600)
+        self.assertEqual(self.faas('vpn', 'connect').stderr, '')
+
+    def test_a_server_that_answers_otherwise_or_not_at_all(self):
+        self.forget()
+        self.before = self.state()
+        pages = self.laptop.popen([sys.executable, '-c', """
+import http.server
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(int(self.headers['Content-Length']))
+        self.send_response(int(self.headers['Host'].rpartition('.')[2].split(':')[0]) * 100)
+        self.send_header('Content-Type', 'text/html')
+        self.end_headers()
+        self.wfile.write(b'<html><title>Welcome to our hotel</title>')
+    def log_message(self, *_):
+        pass
+http.server.ThreadingHTTPServer(('', 8099), Handler).serve_forever()"""])
+        lab.wait_until(lambda: ':8099' in self.laptop.run(['ss', '-ltn']).stdout, 10, 'the web server')
+        try:
+            for server, says in (('127.0.0.2:8099', 'makes no sense (HTTP 200, text/html): <html><title>Welcome'),
+                                 ('127.0.0.4:8099', 'the server answered HTTP 400:'),
+                                 ('127.0.0.5:8099', 'the server answered HTTP 500: Welcome to our hotel'),
+                                 ('127.0.0.1:8098', 'cannot be reached at 127.0.0.1:8098 (TCP): Connection refused'),
+                                 ('203.0.113.99', 'cannot be reached at 203.0.113.99:51820 (TCP): '),
+                                 ('nowhere.invalid', 'reached at nowhere.invalid:51820 (TCP): the name does not')):
+                done = self.faas('vpn', 'connect', '--server', server, ok=(1,))
+                self.assertRegex(done.stderr, r'\Aerror: .*\nhint: .*\n\Z')
+                self.assertIn(says, done.stderr)
+                self.assertEqual(self.state().replace('default.pending\n', ''), self.before)
+        finally:
+            pages.terminate()
+
+    def test_a_server_with_another_key(self):
+        path = self.laptop.path('/root/.config/faas/vpn/default.json')
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, 'server_public_key': KEYS[2]}))
+        self.refused('vpn', 'connect', says='no WireGuard handshake')
+
+    def test_a_laptop_without_the_programs(self):
+        for program, package in ('wg', 'wireguard-tools'), ('ip', 'iproute2'):
+            path = self.laptop.run(['sh', '-c', f'readlink -f "$(command -v {program})"']).stdout.strip()
+            self.laptop.run(['mv', path, path + '.away'])
+            try:
+                done = self.faas('vpn', 'connect', ok=(1,))
+                self.assertEqual(done.stderr, f"error: the program '{program}' is not installed\n"
+                                 f'hint: install it: sudo apt install {package}\n')
+            finally:
+                self.laptop.run(['mv', path + '.away', path])
+            self.assert_as_before()
 
     def test_on_the_server(self):
         done = self.server.run([sys.executable, FAAS, 'vpn', 'connect', '--server', '203.0.113.10'], ok=(1,))

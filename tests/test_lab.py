@@ -145,6 +145,10 @@ class Hosts(unittest.TestCase):
             host.run(['sh', '-c', 'sleep 0.01 & exit'])
             lab.wait_until(lambda: programs(host) == ['cat'], 5, 'the orphan to be reaped')
 
+    def test_links_that_lead_out_of_it_and_in_circles_do_not_keep_it(self):
+        with lab.Host('host') as host:
+            host.run(['sh', '-c', 'for i in 1 2 3 4; do ln -s /dev/fd /run/circle$i; done'])
+
     def test_it_can_be_closed_twice_and_is_closed_then(self):
         host = lab.Host('host')
         host.popen(['sleep', '1000'])
