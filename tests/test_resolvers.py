@@ -6,18 +6,13 @@ printer.lan and writes down whatever it is asked.
 import contextlib
 import itertools
 import json
-import os
-import pathlib
-import shutil
 import subprocess
 import sys
-import tempfile
 import unittest
 
-from tests import lab, serving
+from tests import lab, packages, serving
 
 FAAS = lab.REPO / 'faas'
-CACHE = pathlib.Path('/var/cache/faasd-test/resolvers')
 LAN_DNS = '203.0.113.53'
 ZONE_SERVER = 'fd00:faa5:0:100::2'
 TESTING = 'ping', ''                                # the first step after DNS
@@ -31,34 +26,6 @@ LAN_COREFILE = f'''
     log . "{{name}}"
 }}
 '''
-
-
-def unpacked(package):
-    """Tar files with what is in this Debian package and in those it needs; downloaded once, installed nowhere."""
-    folder = CACHE / package
-    if not folder.exists():
-        if shutil.which('apt-get') is None:
-            raise unittest.SkipTest('no apt-get here to fetch packages with')
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as work:
-            os.makedirs(f'{work}/debs/partial')
-            os.mkdir(f'{work}/tars')
-            fetch = ['apt-get', 'install', '-y', '--download-only', '--reinstall', '--no-install-recommends',
-                     '-o', f'Dir::Cache::archives={work}/debs', '-o', 'Debug::NoLocking=1', package]
-            for update in (False, True):
-                if update:
-                    subprocess.run(['apt-get', 'update'], capture_output=True, timeout=120)
-                done = subprocess.run(fetch, capture_output=True, text=True, timeout=300)
-                if done.returncode == 0:
-                    break
-            else:
-                raise unittest.SkipTest(f'{package} cannot be fetched: {done.stderr.strip()[-200:]}')
-            for deb in pathlib.Path(work, 'debs').glob('*.deb'):
-                with open(f'{work}/tars/{deb.name}.tar', 'wb') as tar:
-                    subprocess.run(['dpkg-deb', '--fsys-tarfile', deb], stdout=tar, check=True)
-            with contextlib.suppress(OSError):      # another run was faster
-                os.rename(f'{work}/tars', folder)
-    return sorted(folder.iterdir())
 
 
 @lab.needs_root
@@ -80,19 +47,15 @@ class Resolvers(unittest.TestCase):
         cls.stack.callback(lan.wait, 10)
         cls.stack.callback(lan.terminate)
 
-    def laptop(self, *packages):
+    def laptop(self, *names):
         """A new laptop with these packages, on the LAN, that is invited; its resolv.conf names the LAN's server."""
-        tars = [tar for package in packages for tar in unpacked(package)]
         number = next(self.numbers)
         self.server.path('/run/lan-queries').write_text('')
         self.host = lab.Host('laptop')
         self.addCleanup(self.host.close)
         lab.join(self.server, self.host, [f'10.0.{number}.1/24'], [f'10.0.{number}.2/24'])
         self.sh(f'ip route add default via 10.0.{number}.1; echo nameserver {LAN_DNS} >/etc/resolv.conf')
-        for tar in tars:
-            with open(tar, 'rb') as file:       # /lib and the like stay links into /usr
-                argv = ['tar', '-C', '/', '-x', '--keep-directory-symlink']
-                self.assertEqual(0, self.host.popen(argv, stdin=file).wait(60))
+        packages.put(self.host, *names)
         invite = self.faasd.api('POST', '/api/vpn/invite', {'name': f'laptop{number}'}).json['token']
         lab.wait_until(lambda: 'printer' in self.lookup('printer.lan'), 5, "the LAN's DNS server")
         self.invite = ['--invite', invite]
