@@ -108,6 +108,7 @@ SETTINGS = {  # name: (default, parser); docs/API.md has the same table, a test 
     'FAAS_MEMORY': ('256M', number(size, 16 << 20, 1 << 50)),
     'FAAS_PIDS': ('128', number(int, 8, 1 << 20)),
     'FAAS_CPUS': ('1', number(float, 0.01, 4096)),
+    'FAAS_RUNTIME': ('runc', matching('runc|crun', 'runc or crun')),
     'FAAS_CGROUP': ('', matching(r'(/[\w@.-]+)*', "a cgroup's path from the root")),
     'FAAS_ID_BASE': ('1879048192', number(int, 65536, (1 << 31) - container.ID_SLOTS * container.ID_RANGE)),
 }
@@ -413,7 +414,9 @@ class Faasd:
 
         limits = container.Limits(settings['memory'], settings['pids'], settings['cpus'])
         prefix = f'faas-{self.registry.instance}'
-        containers = container.Containers(prefix, limits, RUN, settings['id_base'], settings['cgroup'])
+        containers = container.Containers(
+            prefix, limits, RUN, settings['id_base'], settings['cgroup'], settings['runtime']
+        )
         undo(containers.close)
         containers.prepare()
         self.vpn.load_rules()  # before the first listener, until after the last instance
@@ -1477,12 +1480,13 @@ def run(arguments, ending, events):
     """faasd from its start until `ending` can be read from."""
     if os.geteuid() != 0:
         raise StartError('faasd needs root', 'sudo python3 faasd.py')
-    needed = ('ip', 'wg', 'nft', 'runc') + (('coredns',) if arguments.standalone or arguments.prepare else ())
+    settings = read_settings(os.environ)
+    needed = ['ip', 'wg', 'nft', settings['runtime']] + ['coredns'] * (arguments.standalone or arguments.prepare)
     missing = [program for program in needed if not shell.installed(program)]
     if missing:
         raise StartError(f'not installed: {", ".join(missing)}', "'make deps' installs what is missing")
     prepare_process()
-    faasd = Faasd(read_settings(os.environ), arguments.standalone, events)
+    faasd = Faasd(settings, arguments.standalone, events)
     if arguments.prepare:
         return faasd.prepare()
     faasd.start()

@@ -1,4 +1,4 @@
-"""Containers by runc: the OCI bundle of an instance, its ids, its limits, and the log that its output ends in."""
+"""Containers by runc or crun: the OCI bundle of an instance, its ids and limits, and the log of its output."""
 
 import collections
 import contextlib
@@ -89,22 +89,22 @@ class Limits(NamedTuple):
 
 
 class ContainerError(Exception):
-    """runc could not start a container."""
+    """The OCI runtime could not start a container."""
 
 
 class Containers:
     """Makes and removes the containers of one server; `prefix` tells them from another server's on the same kernel."""
 
-    def __init__(self, prefix, limits, run_dir='/run/faasd', id_base=0x70000000, cgroup=''):
+    def __init__(self, prefix, limits, run_dir='/run/faasd', id_base=0x70000000, cgroup='', runtime='runc'):
         self.prefix, self.limits, self._id_base = prefix, limits, id_base
         self._cgroup = f'{cgroup}/{prefix}'
         self._rootfs, self._instances = os.path.join(run_dir, 'rootfs'), os.path.join(run_dir, 'instances')
-        self._runc = ('runc', '--root', os.path.join(run_dir, 'runc'))
+        self._runtime = (runtime, '--root', os.path.join(run_dir, runtime))
         self._slots, self._lock = set(), threading.Lock()
 
     def prepare(self):
         """Remove what a killed run left of its instances, and lay out the root file system that all instances share."""
-        for folder in (self._instances, self._runc[-1]):
+        for folder in (self._instances, self._runtime[-1]):
             if os.path.isdir(folder):
                 for ident in os.listdir(folder):
                     self._delete(ident)
@@ -163,15 +163,15 @@ class Containers:
             }
             self._write(bundle, 'record.json', record)
             self._write(bundle, 'config.json', self._config(ident, name, folder, base))
-            pid_file, errors = os.path.join(bundle, 'pid'), os.path.join(bundle, 'runc.log')
+            pid_file, errors = os.path.join(bundle, 'pid'), os.path.join(bundle, 'runtime.log')
             # No session keyring: a host that is itself a container may refuse one, and keyctl is refused to functions.
             run = ['run', '--detach', '--no-new-keyring', '--preserve-fds', '1', '--bundle', bundle]
             code = shell.run_with_fds(
-                [*self._runc, '--log', errors, *run, '--pid-file', pid_file, ident],
+                [*self._runtime, '--log', errors, *run, '--pid-file', pid_file, ident],
                 {1: output, 2: output, protocol.CHANNEL_FD: channel},
             )
             if code:
-                raise ContainerError(self._runc_said(errors) or f'runc ended with exit code {code}')
+                raise ContainerError(self._runtime_said(errors) or f'{self._runtime[0]} ended with exit code {code}')
             with open(pid_file) as file:
                 pid = int(file.read())
             self._write(bundle, 'record.json', record | {'pid': pid, 'start_time': shell.start_time(pid)})
@@ -199,12 +199,12 @@ class Containers:
     def close(self):
         """Take away what `prepare` made; every container is removed before."""
         self._remove_cgroups()
-        for folder in (self._rootfs, self._instances, self._runc[-1]):
+        for folder in (self._rootfs, self._instances, self._runtime[-1]):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _delete(self, ident):
-        with contextlib.suppress(shell.CommandError):  # the folder goes, even if runc has gone
-            shell.run([*self._runc, 'delete', '--force', ident], ok=range(256))
+        with contextlib.suppress(shell.CommandError):  # the folder goes, even if the runtime has gone
+            shell.run([*self._runtime, 'delete', '--force', ident], ok=range(256))
         shutil.rmtree(os.path.join(self._instances, ident), ignore_errors=True)
 
     @staticmethod
@@ -213,8 +213,8 @@ class Containers:
             json.dump(content, file)
 
     @staticmethod
-    def _runc_said(path):
-        """Why runc failed, from its log: the first fatal line, since those after it are only its consequences."""
+    def _runtime_said(path):
+        """Why the runtime failed, from its log: the first fatal line, since what follows is only its consequences."""
         with contextlib.suppress(OSError), open(path) as file:
             lines = file.read().strip().splitlines()
             fatal = [line for line in lines if 'level=fatal' in line] or lines[-1:]
@@ -335,7 +335,7 @@ class Containers:
 
 
 class Container(NamedTuple):
-    """A running container: runc's id, its first process as pid and pidfd (owned), its slot in the id ranges."""
+    """A running container: the runtime's id, its first process as pid and pidfd (owned), its slot in the id ranges."""
 
     ident: str
     pid: int
@@ -440,6 +440,6 @@ class LogCopier:
             time.sleep(PAUSE_S)
             for fd, _ in self._epoll.poll():
                 if not self._pipes[fd].copy():
-                    # Before it is closed: runc's child may hold a copy between fork and exec, and epoll would go on.
+                    # Before it is closed: a child of ours may hold a copy between fork and exec, and epoll would go on.
                     self._epoll.unregister(fd)
                     self._pipes.pop(fd).close()

@@ -19,7 +19,7 @@ import unittest.mock
 
 import faasd
 from handlers import runtime
-from tests import lab, serving
+from tests import lab, packages, serving
 
 CRASHING = 'import os, time\ndef handle(connection, address):\n    os.kill(os.getpid(), 9)\n'
 SYNTAX_ERROR = 'def handle(connection, address)\n    pass\n'
@@ -873,6 +873,16 @@ class LivesOfAServer(unittest.TestCase):
         refused = self.host.run([*serving.FAASD, '--standalone'], ok=(1,)).stderr
         hint = 'sysctl -w net.ipv6.conf.default.disable_ipv6=0'
         self.assertEqual(f'faasd: IPv6 is switched off on this host ({hint})\n', refused)
+
+    def test_crun_serves_where_it_can_and_says_why_where_not(self):
+        packages.put(self.host, 'crun')
+        with serving.standalone(self.host, FAAS_RUNTIME='crun') as server:
+            reply = server.deploy('hello', serving.saying('hello'))
+            if os.path.exists('/sys/fs/cgroup/cgroup.controllers'):
+                self.assertEqual('hello', server.get(reply.json['ipv6']))
+            else:
+                self.assertEqual(422, reply.status)
+                self.assertIn('cgroups in hybrid mode not supported', reply.json['error'])
 
     def test_a_terminal_that_goes_ends_it_well(self):
         server = serving.Server(self.host, '--standalone').start()
