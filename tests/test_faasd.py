@@ -880,6 +880,7 @@ class LivesOfAServer(unittest.TestCase):
             reply = server.deploy('hello', serving.saying('hello'))
             if os.path.exists('/sys/fs/cgroup/cgroup.controllers'):
                 self.assertEqual('hello', server.get(reply.json['ipv6']))
+                self.assertNotRegex(self.host.sh('ps -eo stat,comm'), r'(?m)^Z\S* +crun')
             else:
                 self.assertEqual(422, reply.status)
                 self.assertIn('cgroups in hybrid mode not supported', reply.json['error'])

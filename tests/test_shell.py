@@ -1,5 +1,6 @@
 """Programs are run as asked, their failures say why, and files are replaced whole."""
 
+import ctypes
 import os
 import pathlib
 import signal
@@ -10,6 +11,8 @@ from unittest import mock
 
 import shell
 from tests import lab
+
+PR_SET_CHILD_SUBREAPER = 36
 
 
 class InFolder(unittest.TestCase):
@@ -90,6 +93,14 @@ class RunWithFds(InFolder):
         finally:
             os.close(reader)
             os.close(writer)
+
+    def test_what_it_forked_and_left_is_reaped(self):
+        libc = ctypes.CDLL(None)
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self.addCleanup(libc.prctl, PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        self.assertEqual(0, shell.run_with_fds(['sh', '-c', '{ sleep 0.01; exit 3; } & exit 0'], {}))
+        with self.assertRaises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
 
     def test_a_death_by_signal_and_a_missing_program_are_told(self):
         self.assertEqual(-signal.SIGKILL, shell.run_with_fds(['sh', '-c', 'kill -9 $$'], {}))
