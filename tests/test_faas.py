@@ -1064,7 +1064,7 @@ class TestDocs(Case):
 
     @unittest.skipIf(sys.version_info < (3, 11), 'the server\'s modules are of Python 3.11')
     def test_the_errors_in_the_docs_are_those_of_the_programs(self):
-        said = []
+        said = [(REPO / 'install.sh').read_text()]
         for path in [FAAS, *REPO.glob('*.py')]:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.JoinedStr):             # f'there is no {thing}' is 'there is no …'
@@ -1073,12 +1073,13 @@ class TestDocs(Case):
                     said.append(node.value)
         said = '\n'.join(said)
         tables = (REPO / 'docs/TROUBLESHOOTING.md').read_text().replace('wg-faas', '…').replace('wg0', '…').replace(
-            'inet faas', 'inet …')
+            'inet faas', 'inet …').replace('fd00:faa5::/32', '…')
         for row in re.findall(r'^\| (.*?) \|', tables, re.MULTILINE):
             if '(from `' not in row:                            # another program's words
                 for quoted in re.findall('`([^`]+)`', row):
                     for part in re.split(r'…|\(/run/faasd.*|\(TCP\).*|\(HTTP.*', quoted):
-                        self.assertIn(part.strip('() ,;:'), said, row)
+                        if part.strip('() ,;:') not in said:
+                            self.fail(f'no program says {quoted!r}')       # without all that they do say
 
     def test_every_setting_and_exit_code_stands_in_the_docs(self):
         docs = (REPO / 'docs/CLI.md').read_text()
