@@ -873,7 +873,7 @@ class TestConnectRefusals(Case):
         self.assertEqual(os.listdir(self.home), [])
 
     def test_no_config_and_no_invite(self):
-        self.fails('vpn', 'connect', says="no saved config 'default'", hints='sudo ./faas vpn invite')
+        self.fails('vpn', 'connect', says="no saved config 'default'", hints='sudo faas vpn invite')
 
     def test_on_the_server(self):
         self.is_this_the_server.return_value = True
