@@ -481,6 +481,19 @@ class TestResolvConf(Case):
                 with mock.patch.object(faas, 'run', run):
                     self.assertEqual(resolved.answers(), answers, (text, runs, nss))
 
+    def test_a_file_of_somebody_else_in_networkmanagers_folder_is_left_alone(self):
+        resolver = faas.NetworkManagerDnsmasq()
+        resolver.path = os.path.join(self.home, 'faas.conf')
+        self.assertFalse(resolver.stands({}))
+        for content in b'server=/faas/192.0.2.1\n', b'\xff', b'':
+            pathlib.Path(resolver.path).write_bytes(content)
+            self.assertFalse(resolver.stands({}))
+            with mock.patch.object(faas, 'shell_as_root') as write, self.assertRaisesRegex(faas.CommandError, 'else'):
+                resolver.set({}, faas.GATEWAY)
+            self.assertFalse(write.called)
+        pathlib.Path(resolver.path).write_text(resolver.head)
+        self.assertTrue(resolver.stands({}))
+
 
 class FakeResolver:
     """`is_set` what it is set to now, `was` all it was set to; errors to raise at set and restore."""
