@@ -42,6 +42,7 @@ faas:53 {{
         reload 200ms
     }}
 
+    reload 2s 1s
     log
     errors
 }}

@@ -46,8 +46,8 @@ from handlers.loop import Loop
 
 STATE = '/var/lib/faasd'
 RUN = '/run/faasd'
-LOCK = f'{RUN}/faasd.lock'
 CONTROL_PORT = 8080
+NOBODYS = 'fd00:faa5::'  # a port is taken there only by who listens on every address
 WIREGUARD_PORT = 51820
 ENV_FILE = '/etc/faasd/faasd.env'
 
@@ -457,30 +457,22 @@ class Faasd:
         )
 
     def prepare(self):
-        """Make keys and wg0.conf, which wg-quick needs before faasd can run. Raises as start() does."""
-        with self._stack:
-            self.vpn = self._vpn_manager()
-            try:
-                if os.path.exists(LOCK):
-                    self._claim_state()
-            except StartError:  # it runs: what it holds is ours
-                self.vpn.write_wg0_conf()
-            else:
-                self._prepare()
+        """Make keys and wg0.conf, which wg-quick needs before faasd can run, also while it does. Raises as start()."""
+        self.vpn = self._vpn_manager()
+        self._prepare(moving=True)
 
-    def _prepare(self):
-        self.vpn.check_host()
-        ports = [(socket.SOCK_STREAM, 80), (socket.SOCK_STREAM, CONTROL_PORT)]
-        if not self.vpn.index():  # else it may be our CoreDNS that holds it
-            ports += [(socket.SOCK_DGRAM, 53), (socket.SOCK_STREAM, 53)]
-        for kind, port in ports:
-            vpn_manager.refuse_taken(kind, registry.GATEWAY, port, 'let it listen on addresses of its own, not on [::]')
+    def _prepare(self, moving=False):
+        self.vpn.check_host(moving)
+        hint = 'let it listen on addresses of its own, not on [::]'
+        for port in (53, 80, CONTROL_PORT):
+            vpn_manager.refuse_taken(socket.SOCK_STREAM, NOBODYS, port, hint)
+        vpn_manager.refuse_taken(socket.SOCK_DGRAM, NOBODYS, 53, hint)
         self.vpn.ensure_keys()
         self.vpn.write_wg0_conf()
 
     def _claim_state(self):
         """One faasd for each state directory: the lock lasts as long as the process."""
-        self._lock = os.open(LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        self._lock = os.open(f'{RUN}/faasd.lock', os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self._stack.callback(os.close, self._lock)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

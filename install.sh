@@ -13,11 +13,16 @@ case $prefix in
 esac
 lib=$prefix/lib/faasd
 env_file=/etc/faasd/faasd.env
+lock=/run/faasd/faasd.lock
 services='faasd.service faas-coredns.service'
 units="$services faas-instances.service faas.slice"
 
 say() { echo "install: $*"; }
 die() { echo "install: $*" >&2; exit 1; }
+
+case $prefix$unitdir in                             # they go into sed and into units
+    [!/]*|*[!A-Za-z0-9/._+-]*) die "PREFIX and UNITDIR are to be absolute paths without special characters" ;;
+esac
 
 # The services see neither a home nor what a person put on PATH.
 find_python() {
@@ -40,6 +45,14 @@ installed_interface() {
     sed -n 's/^Wants=wg-quick@\(.*\)\.service faas-coredns.*/\1/p' "$destdir$unitdir/faasd.service" 2>/dev/null || true
 }
 
+# A faasd outside systemd holds wg0 and the lock; the service could not start, and an uninstall would pull them away.
+refuse_by_hand() {
+    if runs_systemd && [ -e $lock ] && ! flock --nonblock $lock true &&
+        [ "$(systemctl show --property=MainPID --value faasd.service)" = 0 ]; then
+        die "a faasd that was started by hand runs here: end it first (Ctrl-C), then once more: sudo make $1"
+    fi
+}
+
 put() { install -D -m "$1" "$2" "$destdir$3"; }
 
 install_files() {
@@ -50,8 +63,9 @@ install_files() {
     install -d -m 755 "$new" "$new/handlers"
     install -m 644 ./*.py "$new"
     install -m 644 handlers/*.py "$new/handlers"
-    for example in handlers/*/; do
-        install -D -m 644 -t "$new/$example" "$example"*.py
+    for example in handlers/*/handler.py; do
+        example=$(dirname "$example")
+        install -D -m 644 -t "$new/$example" "$example"/*.py
     done
     rm -rf "$destdir$lib.old"
     [ ! -d "$destdir$lib" ] || mv "$destdir$lib" "$destdir$lib.old"
@@ -63,7 +77,8 @@ install_files() {
 }
 
 install_units() {
-    wg=$(interface) coredns=$(command -v coredns || echo /usr/local/bin/coredns)
+    wg=$(interface) coredns=/usr/local/bin/coredns  # not one in a home, which a service does not see
+    [ -x $coredns ] || coredns=$(command -v coredns || echo $coredns)
     for unit in $units; do
         sed -e "s|@INTERFACE@|$wg|g; s|@PYTHON@|$python|g; s|@COREDNS@|$coredns|g; s|@LIB@|$lib|g" \
             "systemd/$unit" | install -D -m 644 /dev/stdin "$destdir$unitdir/$unit"
@@ -72,13 +87,22 @@ install_units() {
     put 644 systemd/wg-quick@.conf "$unitdir/wg-quick@$wg.service.d/faasd.conf"
 }
 
+# The settings in our environment, as `given`. A faasd.env that is there counts instead, also for --prepare.
+read_given() {
+    # Those of the client are no server's; FAAS_INVITE holds a secret.
+    given=$(env | grep -E '^FAAS_[A-Z_]+=' | grep -vE '^FAAS_(INVITE|SERVER|SOCKET)=' || true)
+    for name in $(printf '%s' "$given" | cut -d = -f 1); do
+        grep -q "^    '$name': " faasd.py || die "there is no setting $name (docs/API.md lists them)"
+        [ ! -e "$destdir$env_file" ] || unset "$name"
+    done
+}
+
 install_env() {
-    given=$(env | grep -E '^FAAS_[A-Z_]+=' || true)
     if [ ! -e "$destdir$env_file" ]; then
-        { cat systemd/faasd.env; echo "$given"; } | install -D -m 644 /dev/stdin "$destdir$env_file"
+        printf '%s\n' "$(cat systemd/faasd.env)" ${given:+"$given"} | install -D -m 644 /dev/stdin "$destdir$env_file"
         return
     fi
-    echo "$given" | while read -r setting; do
+    [ -z "$given" ] || printf '%s\n' "$given" | while read -r setting; do
         grep -qxF -e "$setting" "$destdir$env_file" || say "kept $env_file as it is; $setting is yours to write there"
     done
 }
@@ -86,6 +110,8 @@ install_env() {
 install_all() {
     python=$(find_python)
     [ "$(id -u)" = 0 ] || [ -n "$destdir" ] || die 'this needs root: sudo make install'
+    refuse_by_hand install
+    read_given
     before=$(installed_interface)
     if [ -z "$destdir" ]; then
         # First, since it refuses what cannot be.
@@ -108,6 +134,8 @@ start() {                                           # start INTERFACE-BEFORE
     if [ -n "$1" ] && [ "$1" != "$wg" ]; then
         systemctl disable --quiet --now "wg-quick@$1.service" || true
     fi
+    # One that was brought up by hand is no service, and would be in the service's way.
+    systemctl --quiet is-active "wg-quick@$wg.service" || wg-quick down "$wg" 2>/dev/null || true
     port=$(sed -n 's/^ListenPort = //p' "/etc/wireguard/$wg.conf")
     # shellcheck disable=SC2086 # one word for each unit
     systemctl enable --quiet "wg-quick@$wg.service" $services
@@ -130,6 +158,7 @@ failed() {                                          # failed UNIT…
 
 uninstall_all() {
     [ "$(id -u)" = 0 ] || [ -n "$destdir" ] || die 'this needs root: sudo make uninstall'
+    refuse_by_hand uninstall
     wg=$(installed_interface)
     if runs_systemd; then
         for unit in $services faas-instances.service faas.slice ${wg:+"wg-quick@$wg.service"}; do
@@ -143,7 +172,7 @@ uninstall_all() {
     rm -f "$destdir$prefix/bin/faas"
     if runs_systemd; then systemctl daemon-reload; fi
     if [ -z "$destdir" ]; then
-        if getent group faas >/dev/null; then groupdel faas; fi
+        if getent group faas >/dev/null; then groupdel faas || say 'the group faas stays'; fi
         rm -rf /run/faasd
         # systemd knows nothing of those that runc made in hierarchies of its own choice (cgroup version 1).
         find /sys/fs/cgroup -depth -type d -path '*/faas.slice*' -exec rmdir {} + 2>/dev/null || true
@@ -159,7 +188,7 @@ uninstall_all() {
 purge() {
     key=$destdir/etc/wireguard/server_private.key
     for conf in "$destdir"/etc/wireguard/*.conf; do # the one with our key
-        if [ -e "$key" ] && [ -e "$conf" ] && grep -qF "$(cat "$key")" "$conf"; then rm -f "$conf"; fi
+        if grep -s . "$key" | grep -qsFf - "$conf"; then rm -f "$conf"; fi
     done
     rm -rf "$destdir/etc/faasd" "$destdir/var/lib/faasd" "$destdir/etc/wireguard/peers" \
         "$key" "$destdir/etc/wireguard/server_public.key"

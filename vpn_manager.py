@@ -291,10 +291,10 @@ class VPNManager:
             return socket.if_nametoindex(self.interface)
         return 0
 
-    def check_host(self):
+    def check_host(self, moving=False):
         """Raise VPNError if this host has no room for our wg0: somebody else's, a port or addresses in use, no IPv6.
 
-        Changes nothing.
+        Changes nothing. What an interface with our key has is free when we are `moving` from it to another name.
         """
         with contextlib.suppress(FileNotFoundError):
             found = re.search(r'^\s*PrivateKey\s*=\s*(\S+)', _read(self._conf), re.I | re.M)
@@ -302,12 +302,22 @@ class VPNManager:
                 raise self._foreign(f'{self._conf} has another key')
         if self.index():
             self._check_key()
-        else:
+        own = self._own_interfaces()
+        if str(self.port) not in own.values():
             self.check_port()
         with contextlib.suppress(FileNotFoundError):
             if _read('/proc/sys/net/ipv6/conf/default/disable_ipv6').strip() == '0':
-                return self._check_range()
+                return self._check_range(own if moving else {self.interface})
         raise VPNError('IPv6 is switched off on this host', 'sysctl -w net.ipv6.conf.default.disable_ipv6=0')
+
+    def _own_interfaces(self):
+        """{name: UDP port} of the interfaces that run with our key."""
+        keys, ports = (
+            dict(line.split() for line in shell.run(['wg', 'show', 'all', what]).stdout.splitlines())
+            for what in ('public-key', 'listen-port')
+        )
+        own = self._own_key('server_public.key')
+        return {name: ports.get(name) for name, key in keys.items() if key == own}
 
     def _own_key(self, name):
         try:
@@ -338,12 +348,12 @@ class VPNManager:
         for any_address in ('0.0.0.0', '::'):
             refuse_taken(socket.SOCK_DGRAM, any_address, self.port, 'end that program, or set FAAS_WG_PORT')
 
-    def _check_range(self):
+    def _check_range(self, own):
         show = [json.loads(shell.run(['ip', '-json', '-6', *what]).stdout or '[]') for what in (
             ['address', 'show', 'to', RANGE], ['route', 'show', 'root', RANGE])]
         taken = {item['ifname']: item['addr_info'][0]['local'] for item in show[0] if item}
         taken |= {item['dev']: item['dst'] for item in show[1] if 'dev' in item}
-        for interface in taken.keys() - {self.interface, 'lo'}:
+        for interface in taken.keys() - {*own, 'lo'}:
             raise VPNError(
                 f'{RANGE} is in use on this host: {interface} has {taken[interface]}',
                 f"take {interface} down; if that was faasd's interface: FAAS_WG_INTERFACE={interface}",

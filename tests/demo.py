@@ -33,12 +33,9 @@ REAL_SERVER = f'''
 On a real server (Debian 12, Ubuntu 24.04 or newer; UDP and TCP port 51820 reachable):
 
   make deps
-  sudo FAAS_VPN_ENDPOINT=faas.example.com python3 faasd.py --standalone
-
-and in a second terminal there:
-
-  sudo ./faas new fibonacci
-  sudo ./faas vpn invite
+  sudo make install FAAS_VPN_ENDPOINT=faas.example.com
+  sudo faas new fibonacci
+  sudo faas vpn invite
 
 On your laptop, which needs wireguard-tools and the one file `faas`, paste the line that invite printed:
 

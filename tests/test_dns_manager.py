@@ -49,6 +49,7 @@ faas:53 {
         reload 200ms
     }
 
+    reload 2s 1s
     log
     errors
 }
@@ -393,6 +394,13 @@ class Queries(inside.InHost):
             for name in 'example.com', 'com', 'notfaas', 'faas.example.com':
                 self.assertEqual(5, ask_raw(name, server=manager.zone_server)[0], name)
             self.assertEqual(3, ask_raw('nobody.faas', server=manager.zone_server)[0])
+
+    @inside.inside
+    def test_other_forwarders_are_taken_without_a_new_coredns(self):
+        with FakeServer(lambda query: reply(query, answers=[record('2001:db8::7')])), coredns() as manager:
+            self.assertEqual(5, ask_raw('example.com')[0])
+            manager.write_corefile(['[::1]:53'])
+            lab.wait_until(lambda: ask_raw('example.com')[0] == 0, 10, 'the reload')
 
     @inside.inside
     def test_a_name_in_the_zone_file_is_served_after_a_broken_file_was_mended(self):

@@ -868,6 +868,27 @@ class LivesOfAServer(unittest.TestCase):
         self.assertEqual(first + '# mine\n', conf.read_text())
         self.assertFalse(self.host.path('/var/lib/faasd').exists())
 
+    def test_prepare_for_another_name_of_wg0_while_the_first_is_up(self):
+        """What our own interface and CoreDNS have is not in use; what others have is, also while faasd runs."""
+        prepare, moved = [*serving.FAASD, '--prepare'], {'FAAS_WG_INTERFACE': 'wg7'}
+        conf = self.host.path('/etc/wireguard/wg7.conf')
+        with serving.standalone(self.host):
+            self.host.run(prepare)
+            self.host.run(prepare, env=moved)
+            self.assertEqual(self.host.path('/etc/wireguard/wg0.conf').read_text(), conf.read_text())
+            with serving.holding(self.host, 'UDP', 51999):
+                refused = self.host.run(prepare, env={'FAAS_WG_PORT': '51999'}, ok=(1,)).stderr
+                self.assertIn('UDP port 51999 is in use by python3', refused)
+            conf.write_text(theirs := f'[Interface]\nPrivateKey = {key()}\n')
+            self.assertIn("wg7 is not faasd's", self.host.run(prepare, env=moved, ok=(1,)).stderr)
+            self.assertEqual(theirs, conf.read_text())
+        conf.unlink()
+        self.host.run(['wg-quick', 'up', 'wg0'])
+        self.host.run(prepare, env=moved)
+        refused = self.host.run(serving.FAASD, env=moved, ok=(1,)).stderr
+        self.assertIn('in use on this host: wg0 has fd00:faa5:0:100::', refused)
+        self.host.run(['ip', 'link', 'delete', 'wg0'])
+
     def test_ipv6_switched_off_is_said(self):
         self.host.run(['sysctl', '-qw', 'net.ipv6.conf.default.disable_ipv6=1'])
         refused = self.host.run([*serving.FAASD, '--standalone'], ok=(1,)).stderr

@@ -124,7 +124,7 @@ class Installed(unittest.TestCase):
         invocation = self.server.sh('systemctl show --property=InvocationID wg-quick@wg0')
         stale = '/usr/local/lib/faasd/no_more.py'
         self.server.sh(f'touch {stale}')
-        code, output = install(self.server, 'FAAS_VPN_ENDPOINT=192.0.2.1')
+        code, output = install(self.server, 'FAAS_VPN_ENDPOINT=192.0.2.1', 'FAAS_WG_PORT=51999')
         self.assertEqual(0, code, output)
         self.assertIn('install: kept /etc/faasd/faasd.env as it is; FAAS_VPN_ENDPOINT=192.0.2.1 is yours', output)
         self.server.run(['test', '-e', stale], ok=(1,))
@@ -132,6 +132,14 @@ class Installed(unittest.TestCase):
         self.assertEqual(invocation, self.server.sh('systemctl show --property=InvocationID wg-quick@wg0'))
         self.assertIn('34', self.asked())
         self.assertEqual('', self.server.sh('find /home/joe/faasd -name __pycache__'))
+        self.assertNotIn('kept', install(self.server)[1])
+
+    def test_a_wg0_that_somebody_brought_up_by_hand_becomes_a_service(self):
+        self.server.sh('systemctl stop faasd wg-quick@wg0; wg-quick up wg0')
+        code, output = install(self.server)
+        self.assertEqual(0, code, output)
+        self.assertTrue(is_active(self.server, 'faasd', 'faas-coredns', 'wg-quick@wg0'))
+        self.assertIn('34', self.here())
 
     def test_edits_of_faasd_env(self):
         env = self.server.sh('cat /etc/faasd/faasd.env')
@@ -214,6 +222,16 @@ class Refused(unittest.TestCase):
         lab.wait_until(lambda: self.server.sh('ss -Htln sport = :80'), 10, 'it')
         self.refused(r'TCP port 80 is in use by python3 \(let it listen on addresses of its own')
 
+    def test_a_faasd_that_was_started_by_hand(self):
+        self.server.sh('systemd-run --quiet --unit=by-hand python3 /home/joe/faasd/faasd.py --standalone')
+        self.addCleanup(self.server.sh, 'systemctl stop by-hand; rm -rf /var/lib/faasd /run/faasd /etc/coredns')
+        lab.wait_until(lambda: '[faasd] Ready' in self.server.sh('journalctl -u by-hand'), 30, 'it')
+        for verb in ('install', 'uninstall'):
+            code, output = self.server.type(f'sudo make {verb}', 'faasd')
+            self.assertNotEqual(0, code)
+            self.assertRegex(output, rf'^install: a faasd that was started by hand .* sudo make {verb}\n')
+        self.server.sh('ls /run/faasd/faasd.sock; ls /sys/class/net/wg0')
+
     def test_without_root(self):
         code, output = self.server.type('make install', 'faasd')
         self.assertNotEqual(0, code)
@@ -247,10 +265,25 @@ class Packaged(unittest.TestCase):
             self.assertIn('FAAS_DNS_FORWARD=192.0.2.1', host.sh('cat /tmp/tree/etc/faasd/faasd.env'))
             self.assertEqual(before, host.sh('ls /usr/lib/faasd /usr/local/lib/faasd /etc/faasd 2>&1', ok=None))
             self.assertNotIn('\nfaas:', host.sh('cat /etc/group'))
+            host.sh('make install DESTDIR=/tmp/tree PREFIX=/usr', env={'FAAS_INVITE': 'secret'})
+            self.assertNotIn('secret', host.sh('grep -r secret /tmp/tree/etc', ok=None))
             host.sh('make uninstall DESTDIR=/tmp/tree PREFIX=/usr')
             self.assertEqual(['./etc/faasd/faasd.env'], host.sh('cd /tmp/tree; find . -type f').split())
             host.sh('make uninstall DESTDIR=/tmp/tree PREFIX=/usr PURGE=1')
             self.assertEqual('', host.sh('cd /tmp/tree; find . -type f'))
+            for wrong, said in (('FAAS_WG_PROT=1', 'there is no setting FAAS_WG_PROT'), ('PREFIX=a', 'absolute paths'),
+                                ("'PREFIX=/a|b'", 'without special characters')):
+                refused = host.run(['sh', '-c', f'make install DESTDIR=/tmp/tree {wrong}'], ok=(2,)).stderr
+                self.assertRegex(refused, rf'^install: .*{said}')
+            self.assertEqual('', host.sh('cd /tmp/tree; find . -type f'))
+
+    def test_a_purge_takes_what_has_our_key_and_nothing_else(self):
+        with lab.Host('builder') as host:
+            host.sh('mkdir -p /tmp/tree/etc/wireguard; cd /tmp/tree/etc/wireguard; wg genkey >server_private.key; '
+                    'for each in wg0 wg1; do echo "PrivateKey = $(cat server_private.key)" >$each.conf; done; '
+                    'echo "PrivateKey = $(wg genkey)" >theirs.conf')
+            host.sh('make uninstall PURGE=1 DESTDIR=/tmp/tree')
+            self.assertEqual('theirs.conf\n', host.sh('ls /tmp/tree/etc/wireguard'))
 
 
 if __name__ == '__main__':
