@@ -158,8 +158,9 @@ uninstall_all() {
 
 purge() {
     key=$destdir/etc/wireguard/server_private.key
+    ours=$(tr -d '[:space:]' 2>/dev/null <"$key" || true)           # an empty line is in every file
     for conf in "$destdir"/etc/wireguard/*.conf; do # the one with our key
-        if [ -e "$key" ] && [ -e "$conf" ] && grep -qF "$(cat "$key")" "$conf"; then rm -f "$conf"; fi
+        if [ -n "$ours" ] && [ -e "$conf" ] && echo "$ours" | grep -qF -f - "$conf"; then rm -f "$conf"; fi
     done
     rm -rf "$destdir/etc/faasd" "$destdir/var/lib/faasd" "$destdir/etc/wireguard/peers" \
         "$key" "$destdir/etc/wireguard/server_public.key"

@@ -214,6 +214,16 @@ class Refused(unittest.TestCase):
         lab.wait_until(lambda: self.server.sh('ss -Htln sport = :80'), 10, 'it')
         self.refused(r'TCP port 80 is in use by python3 \(let it listen on addresses of its own')
 
+    def test_purge_leaves_the_tunnels_of_others_alone(self):
+        code, output = install(self.server, SETTINGS)
+        self.assertEqual(0, code, output)
+        self.server.write('/etc/wireguard/theirs.conf', '[Interface]\n\nListenPort = 51999\n')
+        self.server.sh('echo >/etc/wireguard/server_private.key')
+        code, output = self.server.type('sudo make uninstall PURGE=1', 'faasd')
+        self.assertEqual(0, code, output)
+        self.assertIn('theirs.conf', self.server.sh('ls /etc/wireguard'))
+        self.server.sh('rm -rf /etc/wireguard/*')
+
     def test_without_root(self):
         code, output = self.server.type('make install', 'faasd')
         self.assertNotEqual(0, code)
