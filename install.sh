@@ -143,7 +143,7 @@ uninstall_all() {
     rm -f "$destdir$prefix/bin/faas"
     if runs_systemd; then systemctl daemon-reload; fi
     if [ -z "$destdir" ]; then
-        if getent group faas >/dev/null; then groupdel faas; fi
+        if getent group faas >/dev/null; then groupdel faas || say 'left: the group faas, which is somebody'"'"'s own'; fi
         rm -rf /run/faasd
         # systemd knows nothing of those that runc made in hierarchies of its own choice (cgroup version 1).
         find /sys/fs/cgroup -depth -type d -path '*/faas.slice*' -exec rmdir {} + 2>/dev/null || true

@@ -224,6 +224,17 @@ class Refused(unittest.TestCase):
         self.assertIn('theirs.conf', self.server.sh('ls /etc/wireguard'))
         self.server.sh('rm -rf /etc/wireguard/*')
 
+    def test_uninstall_where_faas_is_a_users_own_group(self):
+        self.server.sh('useradd --user-group faas')
+        code, output = install(self.server, SETTINGS)
+        self.assertEqual(0, code, output)
+        code, output = self.server.type('sudo make uninstall PURGE=1', 'faasd')
+        self.assertEqual(0, code, output)
+        self.assertIn('install: left: the group faas', output)
+        self.server.sh('userdel faas')
+        self.assertEqual('', Installed.left(self.server))
+        self.server.run(['test', '-e', '/var/lib/faasd'], ok=(1,))
+
     def test_without_root(self):
         code, output = self.server.type('make install', 'faasd')
         self.assertNotEqual(0, code)
