@@ -1484,6 +1484,8 @@ def run(arguments, ending, events):
     prepare_process()
     faasd = Faasd(read_settings(os.environ), arguments.standalone, events)
     if arguments.prepare:
+        for name in sorted(name for name in os.environ if name.startswith('FAAS_') and name not in SETTINGS):
+            raise StartError(f'there is no setting {name}', 'docs/API.md lists them')  # it would go into faasd.env
         return faasd.prepare()
     faasd.start()
     notify('READY=1')

@@ -88,8 +88,9 @@ install_all() {
     [ "$(id -u)" = 0 ] || [ -n "$destdir" ] || die 'this needs root: sudo make install'
     before=$(installed_interface)
     if [ -z "$destdir" ]; then
-        # First, since it refuses what cannot be.
-        "$python" faasd.py --prepare || exit 1
+        # First, since it refuses what cannot be. A faasd.env that is there is what counts, not what is given now.
+        if [ -e "$env_file" ]; then set -- env -i PATH="$PATH"; fi
+        "$@" "$python" -B faasd.py --prepare || exit 1
         getent group faas >/dev/null || groupadd --system faas
     fi
     install_env

@@ -124,9 +124,12 @@ class Installed(unittest.TestCase):
         invocation = self.server.sh('systemctl show --property=InvocationID wg-quick@wg0')
         stale = '/usr/local/lib/faasd/no_more.py'
         self.server.sh(f'touch {stale}')
-        code, output = install(self.server, 'FAAS_VPN_ENDPOINT=192.0.2.1')
+        given = 'FAAS_VPN_ENDPOINT=192.0.2.1', 'FAAS_WG_PORT=51999', 'FAAS_WG_INTERFACE=wg8'
+        code, output = install(self.server, *given)
         self.assertEqual(0, code, output)
-        self.assertIn('install: kept /etc/faasd/faasd.env as it is; FAAS_VPN_ENDPOINT=192.0.2.1 is yours', output)
+        for setting in given:
+            self.assertIn(f'install: kept /etc/faasd/faasd.env as it is; {setting} is yours', output)
+        self.server.run(['test', '-e', '/etc/wireguard/wg8.conf'], ok=(1,))
         self.server.run(['test', '-e', stale], ok=(1,))
         self.assertEqual(before, self.server.sh('cat /etc/wireguard/wg0.conf /etc/faasd/faasd.env; wg show wg0 peers'))
         self.assertEqual(invocation, self.server.sh('systemctl show --property=InvocationID wg-quick@wg0'))
@@ -183,9 +186,9 @@ class Refused(unittest.TestCase):
         cls.server = boot.Machine(cls.enterClassContext(boot.lan()), 'server', boot.SERVER)
         cls.server.copy(lab.REPO, 'faasd')
 
-    def refused(self, said):
+    def refused(self, said, *settings):
         """The install says that in one line, and has changed nothing."""
-        code, output = install(self.server, SETTINGS)
+        code, output = install(self.server, SETTINGS, *settings)
         self.assertNotEqual(0, code)
         self.assertRegex(output, rf'^faasd: {said}.*\)\nmake: \*\*\* .*\n$')
         self.assertEqual('', Installed.left(self.server).replace('wg0', '').replace('/sys/class/net/\n', ''))
@@ -234,6 +237,9 @@ class Refused(unittest.TestCase):
         self.server.sh('userdel faas')
         self.assertEqual('', Installed.left(self.server))
         self.server.run(['test', '-e', '/var/lib/faasd'], ok=(1,))
+
+    def test_a_setting_that_is_none(self):
+        self.refused('there is no setting FAAS_PORT .docs/API.md lists them', 'FAAS_PORT=51999')
 
     def test_without_root(self):
         code, output = self.server.type('make install', 'faasd')
