@@ -78,7 +78,7 @@ install_env() {
         { cat systemd/faasd.env; echo "$given"; } | install -D -m 644 /dev/stdin "$destdir$env_file"
         return
     fi
-    echo "$given" | while read -r setting; do
+    echo "$given" | grep . | while read -r setting; do
         grep -qxF -e "$setting" "$destdir$env_file" || say "kept $env_file as it is; $setting is yours to write there"
     done
 }

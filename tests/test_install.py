@@ -149,6 +149,7 @@ class Installed(unittest.TestCase):
         self.server.write('/etc/faasd/faasd.env', env + 'FAAS_WG_PORT=51999\nFAAS_WG_INTERFACE=wg7\n')
         code, output = install(self.server)
         self.assertEqual(0, code, output)
+        self.assertNotIn('kept', output)
         self.assertEqual('51999', self.server.sh('wg show wg7 listen-port').strip())
         units = 'systemctl list-units --no-legend; ls /etc/systemd/system/*.wants'
         self.assertNotIn('wg0', self.server.sh(f'ip link; {units}'))
