@@ -27,10 +27,10 @@ find_python() {
     die 'Python 3.11 or newer is needed as /usr/bin/python3 (apt install python3)'
 }
 
-interface() {                                       # that of faasd.env
-    name=$(sed -n "s/^[[:space:]]*FAAS_WG_INTERFACE[[:space:]]*=[[:space:]]*[\"']\{0,1\}\([[:alnum:]_.-]*\).*/\1/p" \
-        "$destdir$env_file" 2>/dev/null | tail -n 1)
-    echo "${name:-wg0}"
+interface() {                                       # that of faasd.env, as faasd itself reads it
+    "$python" -Bc 'import sys, faasd
+try: print(faasd.read_settings({}, sys.argv[1])["wg_interface"])
+except faasd.StartError as error: sys.exit(f"install: {error} ({error.hint})")' "$destdir$env_file"
 }
 
 runs_systemd() { [ -z "$destdir" ] && [ -d /run/systemd/system ]; }

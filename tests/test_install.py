@@ -146,7 +146,8 @@ class Installed(unittest.TestCase):
             self.assertNotEqual(0, code)
             self.assertIn(said, output.splitlines()[0])
             self.assertTrue(is_active(self.server, 'faasd'))        # what ran runs on
-        self.server.write('/etc/faasd/faasd.env', env + 'FAAS_WG_PORT=51999\nFAAS_WG_INTERFACE=wg7\n')
+        # As an editor of another system leaves it, pasted from a web page.
+        self.server.write('/etc/faasd/faasd.env', f'\ufeffFAAS_WG_INTERFACE=\xa0"wg7"\r\n{env}FAAS_WG_PORT=51999')
         code, output = install(self.server)
         self.assertEqual(0, code, output)
         self.assertNotIn('kept', output)
