@@ -1286,6 +1286,18 @@ class TestTunnel(unittest.TestCase):
         self.faas('vpn', 'disconnect')
         self.assert_as_before()
 
+    def test_a_server_whose_ipv6_address_leads_nowhere(self):
+        hosts = self.laptop.path('/etc/hosts')
+        self.addCleanup(hosts.write_text, hosts.read_text())
+        hosts.write_text(hosts.read_text() + '2001:db8::dead both.example.com\n203.0.113.10 both.example.com\n')
+        config = self.laptop.path('/root/.config/faas/vpn/default.json')
+        config.write_text(json.dumps({**json.loads(config.read_text()), 'server_endpoint': 'both.example.com'}))
+        done = self.faas('vpn', 'connect')
+        self.assertIn('[ok] Server at 203.0.113.10:51820 (no answer from its other address)', done.stdout)
+        self.assertIn('203.0.113.10', self.laptop.sh('wg show wg-faas endpoints'))
+        self.faas('vpn', 'disconnect')
+        self.assert_as_before()
+
     def test_the_outputs_are_the_documents(self):
         self.forget()
         code, out = self.on_a_terminal('vpn', 'connect', '--server', '203.0.113.10')
