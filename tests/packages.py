@@ -8,7 +8,7 @@ import pathlib
 import subprocess
 import tempfile
 
-CACHE = pathlib.Path('/var/cache/faasd-test/packages')
+CACHE = pathlib.Path('/var/cache/faasd-test/tars')            # not packages: folders of older tests are there
 
 
 def tars(package):
