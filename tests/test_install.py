@@ -67,6 +67,19 @@ class Installed(unittest.TestCase):
         self.assertRegex(status, GATEWAY)
         self.assertIn('link: wg-faas', self.laptop.sh('resolvectl query fibonacci.faas'))
 
+    def test_a_resolver_that_forgets_is_told_and_mended(self):
+        self.laptop.write('/etc/systemd/network/90-all.network', '[Match]\nName=*\n[Network]\nLLMNR=yes\n')
+        self.laptop.sh('systemctl restart systemd-networkd')
+        # networkd takes up wg-faas as well, and drops what resolved was told of it
+        lab.wait_until(lambda: '~faas' not in self.laptop.sh('resolvectl domain wg-faas'), 10, 'the loss')
+        code, output = self.laptop.type('./faas vpn status')
+        self.assertEqual(3, code)
+        self.assertIn('DNS: ❌ .faas names are not resolved on this machine', output)
+        self.laptop.sh('rm /etc/systemd/network/90-all.network; systemctl restart systemd-networkd')
+        code, output = self.laptop.type('./faas vpn connect laptop')
+        self.assertEqual(0, code, output)
+        self.assertIn('34', self.asked())
+
     def test_the_units_are_sound(self):
         units = 'faasd.service faas-coredns.service faas-instances.service wg-quick@wg0.service faas.slice'
         done = self.server.run(['sh', '-c', f'systemd-analyze verify --man=no {units}'])
