@@ -19,6 +19,10 @@ units="$services faas-instances.service faas.slice"
 say() { echo "install: $*"; }
 die() { echo "install: $*" >&2; exit 1; }
 
+case $prefix$unitdir in                             # both go into units as they are
+    [!/]*|*[!/[:alnum:]._+-]*) die 'PREFIX and UNITDIR: absolute paths of letters, digits and . _ + - only' ;;
+esac
+
 # The services see neither a home nor what a person put on PATH.
 find_python() {
     for python in /usr/bin/python3 /usr/bin/python3.1[1-9] /usr/local/bin/python3; do

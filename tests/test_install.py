@@ -289,6 +289,9 @@ class Packaged(unittest.TestCase):
             self.assertIn('FAAS_DNS_FORWARD=192.0.2.1', host.sh('cat /tmp/tree/etc/faasd/faasd.env'))
             self.assertEqual(before, host.sh('ls /usr/lib/faasd /usr/local/lib/faasd /etc/faasd 2>&1', ok=None))
             self.assertNotIn('\nfaas:', host.sh('cat /etc/group'))
+            for bad in 'PREFIX="/opt/my stuff"', 'PREFIX=opt', "PREFIX='/opt/&|'", 'UNITDIR=/opt/%i':
+                done = host.run(['sh', '-c', f'make install DESTDIR=/tmp/bad {bad}; test ! -e /tmp/bad'])
+                self.assertRegex(done.stderr, '^install: PREFIX and UNITDIR: ')
             host.sh('make uninstall DESTDIR=/tmp/tree PREFIX=/usr')
             self.assertEqual(['./etc/faasd/faasd.env'], host.sh('cd /tmp/tree; find . -type f').split())
             host.sh('make uninstall DESTDIR=/tmp/tree PREFIX=/usr PURGE=1')
