@@ -128,7 +128,8 @@ start() {                                           # start INTERFACE-BEFORE
 failed() {                                          # failed UNIT…
     for unit; do
         systemctl --quiet is-active "$unit" && continue
-        journalctl --quiet --no-pager --output=cat --unit="$unit" --lines=3 >&2 || true
+        # What it said itself, not systemd's words about it.
+        journalctl --quiet --no-pager --output=cat --lines=3 _SYSTEMD_UNIT="$unit" >&2 || true
         die "$unit does not start; the rest is in place: mend this, then once more: sudo make install"
     done
 }

@@ -173,6 +173,21 @@ class Installed(unittest.TestCase):
         self.assertEqual(0, code, output)
         self.assertIn('34', self.here())
 
+    def test_a_service_that_does_not_start_says_why(self):
+        conf = self.server.sh('cat /etc/wireguard/wg0.conf')
+        self.addCleanup(install, self.server)
+        self.addCleanup(self.server.write, '/etc/wireguard/wg0.conf', conf)
+        for wrong, said in (
+            (conf.replace('Address = fd00:faa5:0:100::1/64', 'Address = 10.9.9.1/24'),
+             'faasd: wg0 does not have the address fd00:faa5:0:100::1'),
+            (conf.replace('[Interface]', '[Interface]\nBogus = 1'), 'Line unrecognized: `Bogus=1'),
+        ):
+            self.server.write('/etc/wireguard/wg0.conf', wrong)
+            self.server.sh('systemctl stop wg-quick@wg0')
+            code, output = install(self.server)
+            self.assertNotEqual(0, code)
+            self.assertIn(said, output)
+
     def test_uninstall_leaves_data_and_keys_and_an_install_finds_them(self):
         code, output = self.server.type('sudo make uninstall', 'faasd')
         self.assertEqual(0, code, output)
