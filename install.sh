@@ -116,6 +116,10 @@ start() {                                           # start INTERFACE-BEFORE
     port=$(sed -n 's/^ListenPort = //p' "/etc/wireguard/$wg.conf")
     # shellcheck disable=SC2086 # one word for each unit
     systemctl enable --quiet "wg-quick@$wg.service" $services
+    # One that was brought up by hand is ours too, says --prepare. The unit could not make it, nor take it down. A faasd
+    # with children runs --standalone, and looks after its own.
+    systemctl --quiet is-active "wg-quick@$wg.service" || [ -e /run/faasd/children.json ] ||
+        wg-quick down "$wg" >/dev/null 2>&1 || true
     if [ "$(wg show "$wg" listen-port 2>/dev/null)" != "$port" ]; then
         systemctl restart "wg-quick@$wg.service" || failed "wg-quick@$wg.service"
     fi
