@@ -146,6 +146,9 @@ uninstall_all() {
             systemctl disable --quiet --now "$unit" 2>/dev/null || true
         done
     fi
+    if [ -z "$destdir" ] && [ -e /run/faasd/faasd.lock ] && ! flock --nonblock /run/faasd/faasd.lock true; then
+        die 'another faasd runs on this host, by hand perhaps: end it, then once more: sudo make uninstall'
+    fi
     for unit in $units; do rm -f "$destdir$unitdir/$unit"; done
     rm -f "$destdir$unitdir"/wg-quick@*.service.d/faasd.conf
     rmdir "$destdir$unitdir"/wg-quick@*.service.d 2>/dev/null || true

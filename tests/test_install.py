@@ -273,6 +273,18 @@ class Refused(unittest.TestCase):
     def test_a_setting_that_is_none(self):
         self.refused('there is no setting FAAS_PORT .docs/API.md lists them', 'FAAS_PORT=51999')
 
+    def test_uninstall_beside_a_faasd_that_somebody_runs_by_hand(self):
+        self.server.sh('systemd-run --quiet --unit=byhand python3 /home/joe/faasd/faasd.py --standalone')
+        self.addCleanup(self.server.sh, 'systemctl stop byhand', ok=None)
+        lab.wait_until(lambda: self.server.sh('ls /run/faasd/faasd.sock', ok=None), 20, 'it')
+        code, output = self.server.type('sudo make uninstall PURGE=1', 'faasd')
+        self.assertNotEqual(0, code)
+        self.assertEqual('install: another faasd runs on this host, by hand perhaps: end it, then once more: '
+                         'sudo make uninstall', output.splitlines()[0])
+        self.server.sh('/home/joe/faasd/faas list; systemctl stop byhand')
+        code, output = self.server.type('sudo make uninstall PURGE=1', 'faasd')
+        self.assertEqual(0, code, output)
+
     def test_without_root(self):
         code, output = self.server.type('make install', 'faasd')
         self.assertNotEqual(0, code)
