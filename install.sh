@@ -54,7 +54,7 @@ install_files() {
     install -d -m 755 "$new" "$new/handlers"
     install -m 644 ./*.py "$new"
     install -m 644 handlers/*.py "$new/handlers"
-    for example in handlers/*/; do
+    for example in handlers/[!_]*/; do              # __pycache__ is of a faasd that ran here
         install -D -m 644 -t "$new/$example" "$example"*.py
     done
     rm -rf "$destdir$lib.old"
