@@ -124,14 +124,18 @@ class StartError(Exception):
 
 def read_settings(environ, path=ENV_FILE):
     """{'wg_port': value, …} from the environment, then the file, then the defaults. Raises StartError."""
-    texts = {}
-    with contextlib.suppress(FileNotFoundError), open(path) as file:
-        for line in file:
-            key, equals, value = line.strip().partition('=')
-            if equals and not key.startswith('#'):
-                if key.strip() not in SETTINGS:
-                    raise StartError(f'{path}: there is no setting {key.strip()}', 'docs/API.md lists them')
-                texts[key.strip()] = value.strip().strip('"\'')
+    texts, lines = {}, []
+    try:
+        with contextlib.suppress(FileNotFoundError), open(path, encoding='utf-8-sig') as file:
+            lines = list(file)
+    except UnicodeDecodeError as error:
+        raise StartError(f'{path} is not UTF-8: {error.reason}', 'save it as UTF-8') from error
+    for line in lines:
+        key, equals, value = line.strip().partition('=')
+        if equals and not key.startswith('#'):
+            if key.strip() not in SETTINGS:
+                raise StartError(f'{path}: there is no setting {key.strip()}', 'docs/API.md lists them')
+            texts[key.strip()] = value.strip().strip('"\'')
     settings = {}
     for name, (default, parse) in SETTINGS.items():
         text = environ.get(name, texts.get(name, default))

@@ -20,8 +20,8 @@ units="$services faas-instances.service faas.slice"
 say() { echo "install: $*"; }
 die() { echo "install: $*" >&2; exit 1; }
 
-case $prefix$unitdir in                             # they go into sed and into units
-    [!/]*|*[!A-Za-z0-9/._+-]*) die "PREFIX and UNITDIR are to be absolute paths without special characters" ;;
+case $prefix$unitdir in                             # both go into units as they are
+    [!/]*|*[!/[:alnum:]._+-]*) die 'PREFIX and UNITDIR: absolute paths of letters, digits and . _ + - only' ;;
 esac
 
 # The services see neither a home nor what a person put on PATH.
@@ -32,10 +32,10 @@ find_python() {
     die 'Python 3.11 or newer is needed as /usr/bin/python3 (apt install python3)'
 }
 
-interface() {                                       # that of faasd.env
-    name=$(sed -n "s/^[[:space:]]*FAAS_WG_INTERFACE[[:space:]]*=[[:space:]]*[\"']\{0,1\}\([[:alnum:]_.-]*\).*/\1/p" \
-        "$destdir$env_file" 2>/dev/null | tail -n 1)
-    echo "${name:-wg0}"
+interface() {                                       # that of faasd.env, as faasd itself reads it
+    "$python" -c 'import sys, faasd
+try: print(faasd.read_settings({}, sys.argv[1])["wg_interface"])
+except faasd.StartError as error: sys.exit(f"install: {error} ({error.hint})")' "$destdir$env_file"
 }
 
 runs_systemd() { [ -z "$destdir" ] && [ -d /run/systemd/system ]; }
@@ -134,7 +134,7 @@ start() {                                           # start INTERFACE-BEFORE
     if [ -n "$1" ] && [ "$1" != "$wg" ]; then
         systemctl disable --quiet --now "wg-quick@$1.service" || true
     fi
-    # One that was brought up by hand is no service, and would be in the service's way.
+    # One that was brought up by hand is ours too, says --prepare, and would be in the unit's way.
     systemctl --quiet is-active "wg-quick@$wg.service" || wg-quick down "$wg" 2>/dev/null || true
     port=$(sed -n 's/^ListenPort = //p' "/etc/wireguard/$wg.conf")
     # shellcheck disable=SC2086 # one word for each unit
@@ -151,7 +151,8 @@ start() {                                           # start INTERFACE-BEFORE
 failed() {                                          # failed UNIT…
     for unit; do
         systemctl --quiet is-active "$unit" && continue
-        journalctl --quiet --no-pager --output=cat --unit="$unit" --lines=3 >&2 || true
+        # What it said itself, not systemd's words about it.
+        journalctl --quiet --no-pager --output=cat --lines=3 _SYSTEMD_UNIT="$unit" >&2 || true
         die "$unit does not start; the rest is in place: mend this, then once more: sudo make install"
     done
 }
@@ -172,7 +173,7 @@ uninstall_all() {
     rm -f "$destdir$prefix/bin/faas"
     if runs_systemd; then systemctl daemon-reload; fi
     if [ -z "$destdir" ]; then
-        if getent group faas >/dev/null; then groupdel faas || say 'the group faas stays'; fi
+        if getent group faas >/dev/null; then groupdel faas || say 'left: the group faas, which is somebody'"'"'s own'; fi
         rm -rf /run/faasd
         # systemd knows nothing of those that runc made in hierarchies of its own choice (cgroup version 1).
         find /sys/fs/cgroup -depth -type d -path '*/faas.slice*' -exec rmdir {} + 2>/dev/null || true
@@ -187,7 +188,7 @@ uninstall_all() {
 
 purge() {
     key=$destdir/etc/wireguard/server_private.key
-    for conf in "$destdir"/etc/wireguard/*.conf; do # the one with our key
+    for conf in "$destdir"/etc/wireguard/*.conf; do # the one with our key; an empty line would be in every file
         if grep -s . "$key" | grep -qsFf - "$conf"; then rm -f "$conf"; fi
     done
     rm -rf "$destdir/etc/faasd" "$destdir/var/lib/faasd" "$destdir/etc/wireguard/peers" \

@@ -461,10 +461,14 @@ class Registry:
         db.execute('INSERT OR REPLACE INTO addresses VALUES (?, ?, NULL)', (network, int(host, 16)))
 
     def begin_peer_removal(self, name):
-        """The peer is locked out from now on; its row stays until its file and its key are gone. Raises NotFound."""
+        """The peer is locked out from now on; its row stays until its file and its key are gone. Raises NotFound.
+
+        An open invite of that name is withdrawn.
+        """
         check_name(name)
         with self._change() as db:
-            if not db.execute("UPDATE peers SET state = 'removing' WHERE name = ?", (name,)).rowcount:
+            withdrawn = db.execute('DELETE FROM invites WHERE name = ? AND redeemed IS NULL', (name,)).rowcount
+            if not db.execute("UPDATE peers SET state = 'removing' WHERE name = ?", (name,)).rowcount and not withdrawn:
                 raise NotFound(f"there is no peer '{name}'", "'faas vpn list' on the server shows them with --peers")
 
     def removed_peers(self):

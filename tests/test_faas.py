@@ -1300,6 +1300,27 @@ class TestTunnel(unittest.TestCase):
         self.faas('vpn', 'disconnect')
         self.assert_as_before()
 
+    def test_addresses_in_use_on_this_machine(self):
+        for address in 'fd00:faa5::1/32', 'fd00:faa5:0:100::55/64':            # wg-quick's route; a network's
+            self.laptop.run(['ip', 'address', 'add', address, 'dev', 'eth0', 'nodad'])
+            done = self.faas('vpn', 'connect', ok=(1,))
+            self.laptop.run(['ip', 'address', 'del', address, 'dev', 'eth0'])
+            self.assertIn('error: fd00:faa5::/32 is in use on this machine: eth0 has fd00:faa5', done.stderr)
+            self.assertEqual('', done.stdout)
+        self.assert_works()
+
+    def test_a_server_whose_ipv6_address_leads_nowhere(self):
+        hosts = self.laptop.path('/etc/hosts')
+        self.addCleanup(hosts.write_text, hosts.read_text())
+        hosts.write_text(hosts.read_text() + '2001:db8::dead both.example.com\n203.0.113.10 both.example.com\n')
+        config = self.laptop.path('/root/.config/faas/vpn/default.json')
+        config.write_text(json.dumps({**json.loads(config.read_text()), 'server_endpoint': 'both.example.com'}))
+        done = self.faas('vpn', 'connect')
+        self.assertIn('[ok] Server at 203.0.113.10:51820 (no answer from its other address)', done.stdout)
+        self.assertIn('203.0.113.10', self.laptop.sh('wg show wg-faas endpoints'))
+        self.faas('vpn', 'disconnect')
+        self.assert_as_before()
+
     def test_the_outputs_are_the_documents(self):
         self.forget()
         code, out = self.on_a_terminal('vpn', 'connect', '--server', '203.0.113.10')

@@ -106,6 +106,16 @@ class Settings(unittest.TestCase):
             with self.assertRaisesRegex(faasd.StartError, 'FAAS_MEMROY'):
                 faasd.read_settings({}, file.name)
 
+    def test_a_file_of_another_encoding(self):
+        with tempfile.NamedTemporaryFile('wb') as file:
+            for text, said in (('\ufeff# = ü\r\nFAAS_PIDS=64'.encode(), None), ('# ü'.encode('latin-1'), 'UTF-8')):
+                file.seek(0)
+                file.write(text)
+                file.flush()
+                with contextlib.nullcontext() if said is None else self.assertRaisesRegex(faasd.StartError, said):
+                    self.assertEqual(64, faasd.read_settings({}, file.name)['pids'])
+                file.truncate(0)
+
 
 class MayTest(unittest.TestCase):
     def test_who_may_do_what(self):

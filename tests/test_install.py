@@ -67,6 +67,19 @@ class Installed(unittest.TestCase):
         self.assertRegex(status, GATEWAY)
         self.assertIn('link: wg-faas', self.laptop.sh('resolvectl query fibonacci.faas'))
 
+    def test_a_resolver_that_forgets_is_told_and_mended(self):
+        self.laptop.write('/etc/systemd/network/90-all.network', '[Match]\nName=*\n[Network]\nLLMNR=yes\n')
+        self.laptop.sh('systemctl restart systemd-networkd')
+        # networkd takes up wg-faas as well, and drops what resolved was told of it
+        lab.wait_until(lambda: '~faas' not in self.laptop.sh('resolvectl domain wg-faas'), 10, 'the loss')
+        code, output = self.laptop.type('./faas vpn status')
+        self.assertEqual(3, code)
+        self.assertIn('DNS: ❌ .faas names are not resolved on this machine', output)
+        self.laptop.sh('rm /etc/systemd/network/90-all.network; systemctl restart systemd-networkd')
+        code, output = self.laptop.type('./faas vpn connect laptop')
+        self.assertEqual(0, code, output)
+        self.assertIn('34', self.asked())
+
     def test_the_units_are_sound(self):
         units = 'faasd.service faas-coredns.service faas-instances.service wg-quick@wg0.service faas.slice'
         done = self.server.run(['sh', '-c', f'systemd-analyze verify --man=no {units}'])
@@ -124,9 +137,12 @@ class Installed(unittest.TestCase):
         invocation = self.server.sh('systemctl show --property=InvocationID wg-quick@wg0')
         stale = '/usr/local/lib/faasd/no_more.py'
         self.server.sh(f'touch {stale}')
-        code, output = install(self.server, 'FAAS_VPN_ENDPOINT=192.0.2.1', 'FAAS_WG_PORT=51999')
+        given = 'FAAS_VPN_ENDPOINT=192.0.2.1', 'FAAS_WG_PORT=51999', 'FAAS_WG_INTERFACE=wg8'
+        code, output = install(self.server, *given)
         self.assertEqual(0, code, output)
-        self.assertIn('install: kept /etc/faasd/faasd.env as it is; FAAS_VPN_ENDPOINT=192.0.2.1 is yours', output)
+        for setting in given:
+            self.assertIn(f'install: kept /etc/faasd/faasd.env as it is; {setting} is yours', output)
+        self.server.run(['test', '-e', '/etc/wireguard/wg8.conf'], ok=(1,))
         self.server.run(['test', '-e', stale], ok=(1,))
         self.assertEqual(before, self.server.sh('cat /etc/wireguard/wg0.conf /etc/faasd/faasd.env; wg show wg0 peers'))
         self.assertEqual(invocation, self.server.sh('systemctl show --property=InvocationID wg-quick@wg0'))
@@ -151,9 +167,11 @@ class Installed(unittest.TestCase):
             self.assertNotEqual(0, code)
             self.assertIn(said, output.splitlines()[0])
             self.assertTrue(is_active(self.server, 'faasd'))        # what ran runs on
-        self.server.write('/etc/faasd/faasd.env', env + 'FAAS_WG_PORT=51999\nFAAS_WG_INTERFACE=wg7\n')
+        # As an editor of another system leaves it, pasted from a web page.
+        self.server.write('/etc/faasd/faasd.env', f'\ufeffFAAS_WG_INTERFACE=\xa0"wg7"\r\n{env}FAAS_WG_PORT=51999')
         code, output = install(self.server)
         self.assertEqual(0, code, output)
+        self.assertNotIn('kept', output)
         self.assertEqual('51999', self.server.sh('wg show wg7 listen-port').strip())
         units = 'systemctl list-units --no-legend; ls /etc/systemd/system/*.wants'
         self.assertNotIn('wg0', self.server.sh(f'ip link; {units}'))
@@ -163,14 +181,31 @@ class Installed(unittest.TestCase):
         self.assertEqual(0, code, output)
         self.assertIn('34', self.here())
 
+    def test_a_service_that_does_not_start_says_why(self):
+        conf = self.server.sh('cat /etc/wireguard/wg0.conf')
+        self.addCleanup(install, self.server)
+        self.addCleanup(self.server.write, '/etc/wireguard/wg0.conf', conf)
+        for wrong, said in (
+            (conf.replace('Address = fd00:faa5:0:100::1/64', 'Address = 10.9.9.1/24'),
+             'faasd: wg0 does not have the address fd00:faa5:0:100::1'),
+            (conf.replace('[Interface]', '[Interface]\nBogus = 1'), 'Line unrecognized: `Bogus=1'),
+        ):
+            self.server.write('/etc/wireguard/wg0.conf', wrong)
+            self.server.sh('systemctl stop wg-quick@wg0')
+            code, output = install(self.server)
+            self.assertNotEqual(0, code)
+            self.assertIn(said, output)
+
     def test_uninstall_leaves_data_and_keys_and_an_install_finds_them(self):
         code, output = self.server.type('sudo make uninstall', 'faasd')
         self.assertEqual(0, code, output)
         self.server.sh(f'ls {KEPT}')
         self.assertEqual('', self.left(self.server))
+        self.server.sh('wg-quick up wg0')                         # by hand: the next install gives it to the unit
         code, output = install(self.server)
         self.assertEqual(0, code, output)
         self.assertIn('34', self.here())
+        self.assertTrue(is_active(self.server, 'wg-quick@wg0'))
 
     @staticmethod
     def left(machine):
@@ -191,11 +226,11 @@ class Refused(unittest.TestCase):
         cls.server = boot.Machine(cls.enterClassContext(boot.lan()), 'server', boot.SERVER)
         cls.server.copy(lab.REPO, 'faasd')
 
-    def refused(self, said):
+    def refused(self, said, *settings):
         """The install says that in one line, and has changed nothing."""
-        code, output = install(self.server, SETTINGS)
+        code, output = install(self.server, SETTINGS, *settings)
         self.assertNotEqual(0, code)
-        self.assertRegex(output, rf'^faasd: {said}.*\)\nmake: \*\*\* .*\n$')
+        self.assertRegex(output, rf'^(faasd|install): {said}.*\)\nmake: \*\*\* .*\n$')
         self.assertEqual('', Installed.left(self.server).replace('wg0', '').replace('/sys/class/net/\n', ''))
         self.assertEqual('', self.server.sh('ls -d /etc/faasd /var/lib/faasd /etc/coredns 2>/dev/null', ok=None))
 
@@ -232,6 +267,30 @@ class Refused(unittest.TestCase):
             self.assertRegex(output, rf'^install: a faasd that was started by hand .* sudo make {verb}\n')
         self.server.sh('ls /run/faasd/faasd.sock; ls /sys/class/net/wg0')
 
+    def test_purge_leaves_the_tunnels_of_others_alone(self):
+        code, output = install(self.server, SETTINGS)
+        self.assertEqual(0, code, output)
+        self.server.write('/etc/wireguard/theirs.conf', '[Interface]\n\nListenPort = 51999\n')
+        self.server.sh('echo >/etc/wireguard/server_private.key')
+        code, output = self.server.type('sudo make uninstall PURGE=1', 'faasd')
+        self.assertEqual(0, code, output)
+        self.assertIn('theirs.conf', self.server.sh('ls /etc/wireguard'))
+        self.server.sh('rm -rf /etc/wireguard/*')
+
+    def test_uninstall_where_faas_is_a_users_own_group(self):
+        self.server.sh('useradd --user-group faas')
+        code, output = install(self.server, SETTINGS)
+        self.assertEqual(0, code, output)
+        code, output = self.server.type('sudo make uninstall PURGE=1', 'faasd')
+        self.assertEqual(0, code, output)
+        self.assertIn('install: left: the group faas', output)
+        self.server.sh('userdel faas')
+        self.assertEqual('', Installed.left(self.server))
+        self.server.run(['test', '-e', '/var/lib/faasd'], ok=(1,))
+
+    def test_a_setting_that_is_none(self):
+        self.refused('there is no setting FAAS_PORT .docs/API.md lists them', 'FAAS_PORT=51999')
+
     def test_without_root(self):
         code, output = self.server.type('make install', 'faasd')
         self.assertNotEqual(0, code)
@@ -267,6 +326,9 @@ class Packaged(unittest.TestCase):
             self.assertNotIn('\nfaas:', host.sh('cat /etc/group'))
             host.sh('make install DESTDIR=/tmp/tree PREFIX=/usr', env={'FAAS_INVITE': 'secret'})
             self.assertNotIn('secret', host.sh('grep -r secret /tmp/tree/etc', ok=None))
+            for bad in 'PREFIX="/opt/my stuff"', 'PREFIX=opt', "PREFIX='/opt/&|'", 'UNITDIR=/opt/%i':
+                done = host.run(['sh', '-c', f'make install DESTDIR=/tmp/bad {bad}; test ! -e /tmp/bad'])
+                self.assertRegex(done.stderr, '^install: PREFIX and UNITDIR: ')
             host.sh('make uninstall DESTDIR=/tmp/tree PREFIX=/usr')
             self.assertEqual(['./etc/faasd/faasd.env'], host.sh('cd /tmp/tree; find . -type f').split())
             host.sh('make uninstall DESTDIR=/tmp/tree PREFIX=/usr PURGE=1')

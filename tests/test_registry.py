@@ -467,6 +467,15 @@ class Invites(RegistryTest):
         self.registry.end_peer_removal('gone')
         self.assertEqual('gone', self.redeem(self.registry.add_invite(), 'gone', KEYS[2]).name)
 
+    def test_an_invite_is_withdrawn_by_its_name(self):
+        invite = self.registry.add_invite('laptop')
+        self.registry.begin_peer_removal('laptop')
+        with self.assertRaises(registry.BadInvite):
+            self.registry.redeem(invite.id, 'laptop', KEYS[0])
+        self.registry.add_invite('laptop')
+        with self.assertRaises(registry.NotFound):
+            self.registry.begin_peer_removal('phone')
+
     def test_a_taken_key_leaves_the_invite_good(self):
         self.registry.add_peer('other', KEYS[0])
         invite = self.registry.add_invite()
