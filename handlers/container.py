@@ -99,12 +99,13 @@ class Containers:
         self.prefix, self.limits, self._id_base = prefix, limits, id_base
         self._cgroup = f'{cgroup}/{prefix}'
         self._rootfs, self._instances = os.path.join(run_dir, 'rootfs'), os.path.join(run_dir, 'instances')
-        self._runtime = (runtime, '--root', os.path.join(run_dir, runtime))
+        self._roots = {each: os.path.join(run_dir, each) for each in ('runc', 'crun')}
+        self._runtime = (runtime, '--root', self._roots[runtime])
         self._slots, self._lock = set(), threading.Lock()
 
     def prepare(self):
         """Remove what a killed run left of its instances, and lay out the root file system that all instances share."""
-        for folder in (self._instances, self._runtime[-1]):
+        for folder in (self._instances, *self._roots.values()):
             if os.path.isdir(folder):
                 for ident in os.listdir(folder):
                     self._delete(ident)
@@ -199,12 +200,14 @@ class Containers:
     def close(self):
         """Take away what `prepare` made; every container is removed before."""
         self._remove_cgroups()
-        for folder in (self._rootfs, self._instances, self._runtime[-1]):
+        for folder in (self._rootfs, self._instances, *self._roots.values()):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _delete(self, ident):
-        with contextlib.suppress(shell.CommandError):  # the folder goes, even if the runtime has gone
-            shell.run([*self._runtime, 'delete', '--force', ident], ok=range(256))
+        for runtime, root in self._roots.items():  # a killed run may have had the other one
+            if os.path.isdir(root):
+                with contextlib.suppress(shell.CommandError):  # the folder goes, even if the runtime has gone
+                    shell.run([runtime, '--root', root, 'delete', '--force', ident], ok=range(256))
         shutil.rmtree(os.path.join(self._instances, ident), ignore_errors=True)
 
     @staticmethod

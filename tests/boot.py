@@ -90,17 +90,8 @@ class Machine:
     def __init__(self, lan, name, address, files=()):
         self.lan, self.name, self.root = lan, name, f'/run/{name}'
         lan.run(['mkdir', '-p', f'{self.root}.work/upper', f'{self.root}.work/work', self.root])
-        lan.run(
-            [
-                'mount',
-                '-t',
-                'overlay',
-                'overlay',
-                '-o',
-                f'lowerdir={tree()},upperdir={self.root}.work/upper,workdir={self.root}.work/work',
-                self.root,
-            ]
-        )
+        layers = f'lowerdir={tree()},upperdir={self.root}.work/upper,workdir={self.root}.work/work'
+        lan.run(['mount', '-t', 'overlay', 'overlay', '-o', layers, self.root])
         self.write('/etc/hostname', f'{name}\n')
         self.write('/etc/hosts', f'127.0.0.1 localhost\n127.0.1.1 {name}\n{SERVER} {SERVER_NAME}\n')
         self.write(
@@ -157,24 +148,9 @@ class Machine:
 
     def run(self, argv, **options):
         """As Host.run, in the machine, as root."""
-        enter = [
-            'nsenter',
-            f'--target={self._leader}',
-            '--mount',
-            '--net',
-            '--uts',
-            '--ipc',
-            '--pid',
-            '--cgroup',
-            'env',
-            '-i',
-            '-C',
-            '/root',
-            'HOME=/root',
-            'TERM=dumb',
-            'LANG=C.UTF-8',
-            'PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin',
-        ]
+        enter = ['nsenter', f'--target={self._leader}', '--mount', '--net', '--uts', '--ipc', '--pid', '--cgroup',
+                 'env', '-i', '-C', '/root', 'HOME=/root', 'TERM=dumb', 'LANG=C.UTF-8',
+                 'PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin']
         return self.lan.run([*enter, *argv], cwd='/', **options)
 
     def sh(self, command, **options):

@@ -152,8 +152,7 @@ class InHost(unittest.TestCase):
 
 def tunnel(laptop, private_key, server_key, ipv6):
     """The tunnel from the laptop of lab.pair() to its server, by hand: wg-faas with no route but its own network."""
-    if laptop.run(['ip', 'link', 'add', 'wg-faas', 'type', 'wireguard'], ok=None).returncode:
-        laptop.run(['wireguard-go', 'wg-faas'])
+    lab.add_wireguard(laptop, 'wg-faas')
     laptop.run(
         ['wg', 'setconf', 'wg-faas', '/dev/stdin'],
         input=f'[Interface]\nPrivateKey = {private_key}\n[Peer]\nPublicKey = {server_key}\n'

@@ -178,6 +178,14 @@ def join(a, b, a_addresses, b_addresses):
         host.run(['ip', '-batch', '-'], input='\n'.join([*batch, f'link set {link} up', '']))
 
 
+def add_wireguard(host, interface):
+    """Make a WireGuard interface: the kernel's, else wireguard-go's. True if it is the kernel's."""
+    if host.run(['ip', 'link', 'add', interface, 'type', 'wireguard'], ok=None).returncode == 0:
+        return True
+    host.run(['wireguard-go', interface])
+    return False
+
+
 def wait_until(condition, timeout_s, what):
     """Poll until condition() is true; returns its value. Raises TimeoutError that names `what`."""
     deadline, pause_s = time.monotonic() + timeout_s, 0.005

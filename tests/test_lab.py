@@ -3,6 +3,7 @@ import glob
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def programs(host):
 def machine():
     """What of this machine a host could have changed."""
     links = subprocess.run(['ip', '-o', 'address'], capture_output=True, text=True, check=True).stdout
+    links = re.sub(r'\d+sec', '', links)               # what is left of a DHCP lease
     etc = sorted((each.name, each.lstat().st_mtime) for each in pathlib.Path('/etc').iterdir())
     temporary = sorted(each for each in os.listdir(tempfile.gettempdir()) if each.startswith('faas'))
     return links, pathlib.Path('/proc/self/mountinfo').read_text(), etc, temporary, os.uname().nodename
@@ -87,7 +89,7 @@ class Hosts(unittest.TestCase):
             pids = server.pid, laptop.pid
             for address in ('203.0.113.10', '2001:db8::10'):
                 laptop.run(['ping', '-c1', '-W2', address])
-            server.run(['wireguard-go', 'wg0'])
+            lab.add_wireguard(server, 'wg0')
             self.assertIn('interface: wg0', server.run(['wg', 'show', 'wg0']).stdout)
             server.run(['nft', '-f', '-'], input='table inet faas { chain input {\n'
                        'type filter hook input priority filter\nsocket mark 0xfaa5 counter drop\n}\n}\n')
@@ -168,7 +170,7 @@ class Hosts(unittest.TestCase):
         code = ('import sys, time\nfrom tests import lab, test_lab\nhost = lab.Host("host")\n'
                 f'test_lab.make_bundle(host, {name!r}, ["/usr/bin/sleep", "1000"])\n'
                 f'host.popen(["runc", "run", "--detach", "--bundle", "/tmp/bundle", {name!r}]).wait()\n'
-                'host.run(["wireguard-go", "wg0"])\nprint(host.pid, flush=True)\ntime.sleep(1000)')
+                'lab.add_wireguard(host, "wg0")\nprint(host.pid, flush=True)\ntime.sleep(1000)')
         maker = subprocess.Popen([sys.executable, '-c', code], cwd=lab.REPO, text=True,
                                  stdout=subprocess.PIPE)
         with maker:
