@@ -333,10 +333,8 @@ class Packaged(unittest.TestCase):
             self.assertEqual(['./etc/faasd/faasd.env'], host.sh('cd /tmp/tree; find . -type f').split())
             host.sh('make uninstall DESTDIR=/tmp/tree PREFIX=/usr PURGE=1')
             self.assertEqual('', host.sh('cd /tmp/tree; find . -type f'))
-            for wrong, said in (('FAAS_WG_PROT=1', 'there is no setting FAAS_WG_PROT'), ('PREFIX=a', 'absolute paths'),
-                                ("'PREFIX=/a|b'", 'without special characters')):
-                refused = host.run(['sh', '-c', f'make install DESTDIR=/tmp/tree {wrong}'], ok=(2,)).stderr
-                self.assertRegex(refused, rf'^install: .*{said}')
+            refused = host.run(['make', 'install', 'DESTDIR=/tmp/tree', 'FAAS_WG_PROT=1'], ok=(2,)).stderr
+            self.assertRegex(refused, '^install: there is no setting FAAS_WG_PROT ')
             self.assertEqual('', host.sh('cd /tmp/tree; find . -type f'))
 
     def test_a_purge_takes_what_has_our_key_and_nothing_else(self):
