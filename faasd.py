@@ -122,19 +122,23 @@ class StartError(Exception):
         self.hint = hint
 
 
+class BadSettings(StartError):
+    """A setting that cannot be: another try would not mend it."""
+
+
 def read_settings(environ, path=ENV_FILE):
-    """{'wg_port': value, …} from the environment, then the file, then the defaults. Raises StartError."""
+    """{'wg_port': value, …} from the environment, then the file, then the defaults. Raises BadSettings."""
     texts, lines = {}, []
     try:
         with contextlib.suppress(FileNotFoundError), open(path, encoding='utf-8-sig') as file:
             lines = list(file)
     except UnicodeDecodeError as error:
-        raise StartError(f'{path} is not UTF-8: {error.reason}', 'save it as UTF-8') from error
+        raise BadSettings(f'{path} is not UTF-8: {error.reason}', 'save it as UTF-8') from error
     for line in lines:
         key, equals, value = line.strip().partition('=')
         if equals and not key.startswith('#'):
             if key.strip() not in SETTINGS:
-                raise StartError(f'{path}: there is no setting {key.strip()}', 'docs/API.md lists them')
+                raise BadSettings(f'{path}: there is no setting {key.strip()}', 'docs/API.md lists them')
             texts[key.strip()] = value.strip().strip('"\'')
     settings = {}
     for name, (default, parse) in SETTINGS.items():
@@ -142,7 +146,7 @@ def read_settings(environ, path=ENV_FILE):
         try:
             settings[name.removeprefix('FAAS_').lower()] = parse(text)
         except (ValueError, vpn_manager.VPNError) as error:
-            raise StartError(f'{name}={text}: {error}', f'correct it in {path} or in the environment') from error
+            raise BadSettings(f'{name}={text}: {error}', f'correct it in {path} or in the environment') from error
     return settings
 
 
@@ -1468,7 +1472,7 @@ def main():
     ) as error:
         hint = getattr(error, 'hint', None)
         print(f'faasd: {error}{f" ({hint})" if hint else ""}', file=sys.stderr)
-        return 1
+        return os.EX_CONFIG if isinstance(error, BadSettings) else 1
     return 0
 
 

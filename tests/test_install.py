@@ -167,6 +167,11 @@ class Installed(unittest.TestCase):
             self.assertNotEqual(0, code)
             self.assertIn(said, output.splitlines()[0])
             self.assertTrue(is_active(self.server, 'faasd'))        # what ran runs on
+            self.server.run(['systemctl', 'restart', 'faasd'], ok=(1,))
+            state = self.server.sh('systemctl show --property=SubState,NRestarts faasd').split()
+            self.assertEqual(['NRestarts=0', 'SubState=failed'], sorted(state))
+            self.server.write('/etc/faasd/faasd.env', env)
+            self.server.sh('systemctl restart faasd')
         # As an editor of another system leaves it, pasted from a web page.
         self.server.write('/etc/faasd/faasd.env', f'\ufeffFAAS_WG_INTERFACE=\xa0"wg7"\r\n{env}FAAS_WG_PORT=51999')
         code, output = install(self.server)
