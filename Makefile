@@ -13,13 +13,13 @@ RUFF = $(or $(shell command -v ruff),.venv-lint/bin/ruff)
 .PHONY: help deps demo install uninstall test lint clean python
 
 help:
-	@echo 'make deps    install what is missing: WireGuard, runc, nftables, CoreDNS ...'
-	@echo 'make demo    show the whole story on this machine: a server, a laptop, a function, the VPN'
-	@echo 'make install make faasd services of systemd that start at boot; DESTDIR and PREFIX as usual'
+	@echo 'make deps       install what is missing: WireGuard, runc, nftables, CoreDNS ...'
+	@echo 'make demo       show the whole story on this machine: a server, a laptop, a function, the VPN'
+	@echo 'make install    make faasd services of systemd that start at boot; DESTDIR and PREFIX as usual'
 	@echo 'make uninstall  take them away again, but for data and keys; PURGE=1 takes those too'
-	@echo 'make test    run every test, or some: make test TESTS="test_registry test_faas.Connect"'
-	@echo 'make lint    check the code with ruff'
-	@echo 'make clean   remove what the above left in this folder'
+	@echo 'make test       run every test, or some: make test TESTS="test_registry test_faas.Connect"'
+	@echo 'make lint       check the code with ruff'
+	@echo 'make clean      remove what the above left in this folder'
 
 deps:
 	@./deps.sh

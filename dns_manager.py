@@ -72,9 +72,9 @@ class DNSZoneManager:
         next_serial,
         emit,
         server,
+        zone_server,
         zone_file='/var/lib/faasd/dns/faas.db',
         corefile='/etc/coredns/Corefile',
-        zone_server='fd00:faa5:0:100::2',
     ):
         self.zone_file, self.corefile, self.server, self.zone_server = zone_file, corefile, server, zone_server
         self._next_serial, self._emit = next_serial, emit

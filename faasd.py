@@ -405,7 +405,7 @@ class Faasd:
         self.registry.abandon_stale()
         self.vpn = self._vpn_manager()
         self.dns = dns_manager.DNSZoneManager(
-            self.registry.next_serial, self.emit, registry.GATEWAY, zone_server=registry.ZONE_SERVER
+            self.registry.next_serial, self.emit, registry.GATEWAY, registry.ZONE_SERVER
         )
         self.peers = registry.Projection(self._project_peers)
         self.zone = registry.Projection(lambda: self.dns.project({f.name: f.ipv6 for f in self.registry.functions()}))
@@ -490,7 +490,7 @@ class Faasd:
     def _vpn_manager(self):
         names = (self.settings[name] for name in ('wg_interface', 'wg_port', 'nft_table'))
         return vpn_manager.VPNManager(
-            self.emit, registry.GATEWAY, self._endpoint(), *names, zone_server=registry.ZONE_SERVER
+            self.emit, registry.GATEWAY, registry.ZONE_SERVER, self._endpoint(), *names
         )
 
     def _endpoint(self):

@@ -155,16 +155,15 @@ class VPNManager:
         self,
         emit,
         gateway,
+        zone_server,
         endpoint,
         interface='wg0',
         port=51820,
         table='faas',
         directory='/etc/wireguard',
-        zone_server='fd00:faa5:0:100::2',
     ):
-        self.gateway, self.interface, self.port, self.table = gateway, interface, port, table
-        self.zone_server = zone_server
-        self.endpoint = endpoint
+        self.gateway, self.zone_server, self.endpoint = gateway, zone_server, endpoint
+        self.interface, self.port, self.table = interface, port, table
         self.peers_dir = os.path.join(directory, 'peers')
         self._directory, self._emit = directory, emit
         self._complained = {}  # peer file → what was said of it, so that it is said once

@@ -21,7 +21,7 @@ CLONE_NEWNET = 0x40000000
 
 def prepare():
     """wg0 with a function's address; in the server host."""
-    manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x')
+    manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x')
     manager.ensure_keys()
     manager.process = manager.bring_up()
     manager.project_addresses([ADDRESS])
@@ -191,7 +191,9 @@ class PassedSocket(unittest.TestCase):
         for rules in (False, True):
 
             def attack(rules=rules):
-                self.kept = manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x')
+                self.kept = manager = vpn_manager.VPNManager(
+                    lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x'
+                )
                 if rules:
                     manager.load_rules()
                 else:
@@ -351,7 +353,7 @@ class Firewall(unittest.TestCase):
                 return manager.get_server_public_key()
 
             def load():
-                vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x').load_rules()
+                vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x').load_rules()
 
             key = inside.call(server, begin)
             inside.tunnel(laptop, private, key, peer.ipv6)

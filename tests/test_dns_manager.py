@@ -86,7 +86,7 @@ class InFolder(unittest.TestCase):
 
     def make(self, last=2025000):
         return dns_manager.DNSZoneManager(
-            Serials(last), self.emit, registry.GATEWAY, str(self.zone), str(self.corefile)
+            Serials(last), self.emit, registry.GATEWAY, registry.ZONE_SERVER, str(self.zone), str(self.corefile)
         )
 
     def emit(self, area, text, **_):
@@ -172,7 +172,12 @@ class Zone(InFolder):
 class Corefile(InFolder):
     def write(self, forwarders):
         manager = dns_manager.DNSZoneManager(
-            Serials(), self.emit, registry.GATEWAY, '/var/lib/faasd/dns/faas.db', str(self.corefile)
+            Serials(),
+            self.emit,
+            registry.GATEWAY,
+            registry.ZONE_SERVER,
+            '/var/lib/faasd/dns/faas.db',
+            str(self.corefile),
         )
         manager.write_corefile(forwarders)
         return self.corefile.read_text()
@@ -278,7 +283,7 @@ def coredns(forwarders=()):
     addresses = registry.GATEWAY, registry.ZONE_SERVER
     for address in addresses:
         shell.run(['ip', '-6', 'address', 'add', f'{address}/128', 'dev', 'lo'])
-    manager = dns_manager.DNSZoneManager(Serials(), lambda *_, **__: None, registry.GATEWAY)
+    manager = dns_manager.DNSZoneManager(Serials(), lambda *_, **__: None, *addresses)
     manager.project({})
     manager.write_corefile(forwarders)
     process = shell.start(['coredns', '-quiet', '-conf', manager.corefile], output=True)
@@ -349,7 +354,7 @@ class Queries(inside.InHost):
     def test_nobody_there_is_no_usable_answer(self):
         with self.assertRaises(OSError):
             dns_manager.query('::1', 'hello.faas', timeout_s=0.2)
-        manager = dns_manager.DNSZoneManager(Serials(), None, '::1')
+        manager = dns_manager.DNSZoneManager(Serials(), None, '::1', registry.ZONE_SERVER)
         self.assertFalse(manager.wait_served('hello', '::5', timeout_s=0.1))
 
     @inside.inside

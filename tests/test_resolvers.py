@@ -61,7 +61,7 @@ class Resolvers(unittest.TestCase):
         self.invite = ['--invite', invite]
 
     def sh(self, script, ok=(0,)):
-        return self.host.run(['sh', '-c', script], ok=ok).stdout
+        return self.host.sh(script, ok=ok)
 
     def write(self, path, text):
         self.host.run(['sh', '-c', 'mkdir -p "$(dirname "$1")"; cat >"$1"', 'sh', path], input=text)

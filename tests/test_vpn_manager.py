@@ -153,6 +153,7 @@ class ServerFiles(unittest.TestCase):
         self.manager = vpn_manager.VPNManager(
             lambda area, text, **_: self.events.append(text),
             registry.GATEWAY,
+            registry.ZONE_SERVER,
             'faas.example.com',
             directory=self.folder,
         )
@@ -255,7 +256,7 @@ class Live(inside.InHost):
     def up(self):
         """A manager with its wg0 up. In the host."""
         manager = vpn_manager.VPNManager(
-            lambda area, text, **_: self.events.append(text), registry.GATEWAY, '203.0.113.10'
+            lambda area, text, **_: self.events.append(text), registry.GATEWAY, registry.ZONE_SERVER, '203.0.113.10'
         )
         manager.ensure_keys()
         process = manager.bring_up()
@@ -275,7 +276,7 @@ class Live(inside.InHost):
 
     @inside.inside
     def test_it_comes_up_with_our_key_port_and_address_and_goes_without_a_trace(self):
-        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, '203.0.113.10')
+        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, '203.0.113.10')
         manager.ensure_keys()
         with self.assertRaisesRegex(vpn_manager.VPNError, 'there is no interface wg0') as caught:
             manager.check_interface()
@@ -302,7 +303,9 @@ class Live(inside.InHost):
         shell.run(['wg', 'set', 'wg0', 'private-key', '/dev/stdin'], input=shell.run(['wg', 'genkey']).stdout)
         with self.assertRaisesRegex(vpn_manager.VPNError, 'runs with another key'):
             manager.check_interface()
-        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x', interface='lo')
+        manager = vpn_manager.VPNManager(
+            lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x', interface='lo'
+        )
         with self.assertRaisesRegex(vpn_manager.VPNError, 'lo is no WireGuard interface'):
             manager.check_interface()
 
@@ -412,7 +415,7 @@ class Live(inside.InHost):
 
     @inside.inside
     def test_the_table_is_there_and_every_way_to_lose_it_is_noticed(self):
-        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x')
+        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x')
         self.assertFalse(manager.rules_loaded())
         manager.load_rules()
         self.assertTrue(manager.rules_loaded())
@@ -451,7 +454,7 @@ class Live(inside.InHost):
 
     @inside.inside
     def test_a_rule_that_was_put_in_the_place_of_another_is_noticed(self):
-        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x')
+        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x')
         manager.load_rules()
         self.stack.callback(manager.remove_rules)
         text = self.nft('-a', 'list', 'chain', 'inet', 'faas', 'output')
@@ -461,7 +464,7 @@ class Live(inside.InHost):
 
     @inside.inside
     def test_other_tables_are_left_alone(self):
-        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x')
+        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x')
         self.nft('add', 'table', 'inet', 'mine')
         manager.load_rules()
         manager.remove_rules()
@@ -474,7 +477,7 @@ class Live(inside.InHost):
 
     @inside.inside
     def test_the_table_needs_no_names_of_protocols_and_what_nft_says_is_told(self):
-        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x')
+        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x')
         for name in ('protocols', 'services'):
             if os.path.exists(f'/etc/{name}'):
                 os.rename(f'/etc/{name}', f'/etc/{name}.away')
@@ -488,7 +491,7 @@ class Live(inside.InHost):
 
     @inside.inside
     def test_without_nft_there_is_an_error_with_a_hint(self):
-        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x')
+        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x')
         os.environ['PATH'] = '/nowhere'
         self.assertFalse(manager.rules_loaded())
         with self.assertRaisesRegex(vpn_manager.VPNError, 'cannot be loaded') as caught:
@@ -505,7 +508,7 @@ class Tunnel(unittest.TestCase):
             row = peer(0, 'laptop', public_key=public)
 
             def begin():
-                manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x')
+                manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x')
                 manager.ensure_keys()
                 self.process = manager.bring_up()
                 manager.project([row, peer(1)])
@@ -517,7 +520,7 @@ class Tunnel(unittest.TestCase):
             laptop.run(['ping', '-c1', '-W5', registry.GATEWAY])
 
             def again():
-                manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, 'x')
+                manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x')
                 before = manager.active()
                 manager.project([row, peer(1), peer(2)])
                 after = manager.active(), manager.public_keys()
