@@ -41,7 +41,7 @@ import dns_manager
 import registry
 import shell
 import vpn_manager
-from handlers import container, image, pool
+from handlers import container, image, injection, listener, pool, sock_diag
 from handlers.loop import Loop
 
 STATE = '/var/lib/faasd'
@@ -53,6 +53,7 @@ ENV_FILE = '/etc/faasd/faasd.env'
 
 PR_SET_CHILD_SUBREAPER = 36
 MOST_JSON = 64 << 10  # bytes of a JSON request body
+FUNCTIONS = 'fd00:faa5:1::/48'
 TICK_S, CLOSELY_TICKS = 1, 5  # how often the guard looks, and looks closely
 
 
@@ -105,6 +106,7 @@ SETTINGS = {  # name: (default, parser); docs/API.md has the same table, a test 
     'FAAS_MAX_UPLOAD': ('100M', number(size, 1 << 10, 1 << 40)),
     'FAAS_START_TIMEOUT': ('30', number(float, 0.1, 3600)),
     'FAAS_STOP_TIMEOUT': ('10', number(float, 0, 3600)),
+    'FAAS_IDLE_TIMEOUT': ('900', number(float, 0, 1e9)),
     'FAAS_MEMORY': ('256M', number(size, 16 << 20, 1 << 50)),
     'FAAS_PIDS': ('128', number(int, 8, 1 << 20)),
     'FAAS_CPUS': ('1', number(float, 0.01, 4096)),
@@ -220,44 +222,37 @@ class FaaSServer:
         self._listeners = {}  # ipv6 → Listener
         self._permitted = True
 
-    def add_listener(self, ipv6, name, its_pool):
-        """Bind and listen; connections wait in the backlog until `its_pool` takes them. Raises OSError."""
-        sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-        try:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, vpn_manager.MARK)
-            # What is accepted inherits these, and the mark. A client that vanished is noticed after two minutes.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
-            sock.bind((ipv6, 80, 0, 0))
-            sock.listen(4096)
-        except BaseException:
-            sock.close()
-            raise
-        listener = Listener(sock, its_pool)
-        self._emit('listener', f'Listening on [{ipv6}]:80 for {name}', name=name)
-        self._loop.call(self._add, ipv6, listener)
+    def add_listener(self, ipv6, name, its_pool, adopted=None):
+        """Bind and listen, or go on with `adopted` (consumed); what comes waits until `its_pool` takes it.
 
-    def _add(self, ipv6, listener):
-        self._listeners[ipv6] = listener
-        listener.pool.gate = lambda is_open: self._gate(listener, is_open)
-        self._gate(listener, True)
+        Raises OSError.
+        """
+        its = Listener(listener.Front(ipv6, vpn_manager.MARK, adopted), its_pool)
+        self._emit('listener', f'Listening on [{ipv6}]:80 for {name}', name=name)
+        self._loop.wait(self._add, ipv6, its)
+
+    def _add(self, ipv6, its):
+        self._listeners[ipv6] = its
+        its.pool.front = its.front
+        its.pool.gate = lambda is_open: self._gate(its, is_open)
+        self._gate(its, True)
 
     def remove_listener(self, ipv6):
         """Listen no more; blocks until it is so. An address without a listener is left at that."""
         self._loop.wait(self._remove, ipv6)
 
     def _remove(self, ipv6):
-        listener = self._listeners.pop(ipv6, None)
-        if listener:
-            self._gate(listener, False)
-            listener.pool.gate = lambda is_open: None
-            listener.sock.close()
+        its = self._listeners.pop(ipv6, None)
+        if its:
+            self._gate(its, False)
+            its.pool.gate = lambda is_open: None
+            its.front.close()
+
+    def leave(self, ipv6):
+        """In the loop's thread: let go of an address whose front an instance goes on to serve."""
+        its = self._listeners.pop(ipv6)
+        self._gate(its, False)
+        its.front.leave()
 
     def permit(self, permitted):
         """Hand nothing out while permitted is False: without the nftables table a passed socket opens the host."""
@@ -265,42 +260,42 @@ class FaaSServer:
 
     def _permit(self, permitted):
         self._permitted = permitted
-        for listener in self._listeners.values():
-            self._gate(listener, listener.open)
+        for its in self._listeners.values():
+            self._gate(its, its.open)
 
-    def _gate(self, listener, is_open):
-        listener.open = is_open
-        if is_open and self._permitted:
-            if not listener.watched and listener.sock.fileno() >= 0:
-                listener.watched = True
-                self._loop.watch(listener.sock.fileno(), lambda: self._accept(listener))
-        elif listener.watched:
-            listener.watched = False
-            self._loop.unwatch(listener.sock.fileno())
+    def _gate(self, its, is_open):
+        its.open = is_open
+        fd = its.front.sock.fileno() if is_open and self._permitted else -1
+        if its.watched not in (None, fd):
+            self._loop.unwatch(its.watched)
+            its.watched = None
+        if its.watched is None and fd >= 0:
+            its.watched = fd
+            self._loop.watch(fd, lambda: self._accept(its))
 
-    def _accept(self, listener):
+    def _accept(self, its):
         for _ in range(self.ACCEPTS):
-            if not listener.pool.take():
+            if not its.pool.take():
                 return
             try:
-                connection, _ = listener.sock.accept()
+                connection, _ = its.front.sock.accept()
             except BlockingIOError:
                 return
             except ConnectionAbortedError:
                 continue
             except OSError as error:  # out of descriptors: let some be closed
                 self._emit('listener', f'Cannot accept: {error.strerror}', problem=True)
-                self._gate(listener, False)
-                return self._loop.later(0.1, self._gate, listener, True)
+                self._gate(its, False)
+                return self._loop.later(0.1, self._gate, its, True)
             # As another user's, it cannot join the listeners on port 80 by SO_REUSEPORT, should a function try.
             os.fchown(connection.fileno(), image.NOBODY, -1)
-            listener.pool.dispatch(connection)
+            its.pool.dispatch(connection)
 
 
 class Listener:
-    def __init__(self, sock, its_pool):
-        self.sock, self.pool = sock, its_pool
-        self.open = self.watched = False
+    def __init__(self, front, its_pool):
+        self.front, self.pool = front, its_pool
+        self.open, self.watched = False, None  # the descriptor that is watched
 
 
 # Who may do what
@@ -370,6 +365,7 @@ class Faasd:
         self.settings, self.standalone, self.events = settings, standalone, events
         self.emit = events.emit
         self._stack = contextlib.ExitStack()
+        self._handover = self._left_behind = False
         self._stopping, self._end = threading.Event(), os.eventfd(0, os.EFD_CLOEXEC)  # the second wakes the guard
         self._functions = {}  # id → (Function, Pool)
         self._changes, self._changed = 0, threading.Condition()  # how many are under way
@@ -386,11 +382,12 @@ class Faasd:
             self._stack.close()
             raise
 
-    def stop(self):
+    def stop(self, handover=False):
         """Accept no more, let what runs finish within FAAS_STOP_TIMEOUT, take everything down.
 
-        Handing over to a next faasd comes later.
+        With `handover` what listens by itself goes on, with its address and the table, and the next faasd adopts it.
         """
+        self._handover = handover
         self.emit('faasd', 'Stopping')
         self._stack.close()
         self.emit('faasd', 'Stopped')
@@ -415,7 +412,7 @@ class Faasd:
         if self.standalone:
             self._bring_up()
         self.vpn.check_interface()
-        undo(self._attempt, self.vpn.project_addresses, [])
+        undo(self._unless_left, self.vpn.project_addresses, [])
         self._adopt_peers()
         self._refuse_strangers()
         self.peers.sync()
@@ -426,9 +423,11 @@ class Faasd:
             prefix, limits, RUN, settings['id_base'], settings['cgroup'], settings['runtime']
         )
         undo(containers.close)
-        containers.prepare()
+        live = {function.name: function.revision for function in self.registry.functions()}
+        left = containers.prepare(lambda record: live.get(record['function']) == record['revision'])
+        self._layers = image.Layers(f'{STATE}/layers')
         self.vpn.load_rules()  # before the first listener, until after the last instance
-        undo(self._attempt, self.vpn.remove_rules)
+        undo(self._unless_left, self.vpn.remove_rules)
         self._remove_stray_files()
 
         self.loop = Loop()
@@ -437,14 +436,25 @@ class Faasd:
         undo(workers.shutdown)
         self.server = FaaSServer(self.loop, self.emit)
         self._around = pool.Surroundings(
-            self.loop, containers, container.LogCopier(), workers, self.emit, settings['start_timeout']
+            self.loop,
+            containers,
+            container.LogCopier(),
+            workers,
+            self.emit,
+            settings['start_timeout'],
+            injection.Injector(),
+            self._forget,
+            settings['stop_timeout'],
+            settings['idle_timeout'],
+            registry.GATEWAY,
         )
         undo(self._close_functions)  # once more, what a change under way has opened meanwhile
         undo(self._wait_for_changes)
         undo(self._close_functions)
         self.addresses.sync()
+        adoptable = self._adoptable(containers, left)
         for function in self.registry.functions():
-            self._open(function, self._folder(function, function.revision))
+            self._open(function, self._revision(function, function.revision), *adoptable.get(function.name, ()))
         self.zone.sync()
         forwarders = settings['dns_forward'] or dns_manager.default_forwarders(
             own=(registry.GATEWAY, registry.ZONE_SERVER)
@@ -492,6 +502,11 @@ class Faasd:
         return vpn_manager.VPNManager(
             self.emit, registry.GATEWAY, registry.ZONE_SERVER, self._endpoint(), *names
         )
+
+    def _unless_left(self, function, *args):
+        """Call it, unless an instance lives on that needs what it takes away."""
+        if not self._left_behind:
+            self._attempt(function, *args)
 
     def _endpoint(self):
         endpoint = self.settings['vpn_endpoint']
@@ -624,6 +639,12 @@ class Faasd:
         folder = f'{STATE}/functions/{function.id}'
         return folder if revision is None else f'{folder}/{revision}'
 
+    def _revision(self, function, number):
+        """A pool.Revision of what is on the disk."""
+        folder = self._folder(function, number)
+        spec = image.read_spec(folder)
+        return pool.Revision(number, folder, spec, self._layers.folder if spec.layers else image.tree(folder))
+
     def _remove_stray_files(self):
         """Remove from functions/ what no row names: uploads that were cut off, revisions that were never live."""
         top = pathlib.Path(STATE, 'functions')
@@ -636,52 +657,99 @@ class Faasd:
                 for revision in folder.iterdir():
                     if revision.is_dir() and revision.name != live[folder.name]:
                         shutil.rmtree(revision, ignore_errors=True)
+        self._layers.prepare()
+        self._collect_layers()
 
-    def _open(self, function, folder=None):
-        """A pool and a listener for the function.
+    def _forget(self, folder):
+        """Delete a revision's files, and the layers that no other needs."""
+        shutil.rmtree(folder, ignore_errors=True)
+        self._collect_layers()
 
-        Without `folder` it serves nothing until a revision is switched to.
+    def _collect_layers(self):
+        def wanted():
+            return {
+                layer
+                for path in pathlib.Path(STATE, 'functions').glob('*/*/spec.json')
+                for layer in image.read_spec(path.parent).layers
+            }
+
+        self._attempt(self._layers.collect, wanted)
+
+    def _adoptable(self, containers, left):
+        """{function: (Container, its listener)} of what a faasd that is no more has left; the rest is ended."""
+        found = {}
+        for record, its in sorted(left, key=lambda each: -each[0]['start_time']):
+            sock = None if record['function'] in found else containers.listener_of(record, its)
+            if sock:
+                found[record['function']] = its, sock
+            else:
+                its.kill()
+                containers.remove(its)
+        return found
+
+    def _open(self, function, revision=None, left=None, sock=None):
+        """A pool and a listener for the function, which may have a Container `left` that serves `sock`.
+
+        Without `revision` it serves nothing until one is switched to.
         """
         its_pool = pool.Pool(function.name, container.Log(f'{self._folder(function)}/log'), self._around)
-        its_pool.folder, its_pool.revision = folder, function.revision
-        self.server.add_listener(function.ipv6, function.name, its_pool)
+        its_pool.revision = revision
+        self.server.add_listener(function.ipv6, function.name, its_pool, sock)
         self._functions[function.id] = function, its_pool
+        if left:
+            self.loop.wait(its_pool.adopt, left, sock)
         return its_pool
 
     def _shut(self, function, within_s):
-        """Undo _open; what runs may finish within within_s seconds."""
-        self.server.remove_listener(function.ipv6)
+        """Undo _open; what runs may finish within within_s seconds, or goes on at a handover."""
         _, its_pool = self._functions.pop(function.id, (None, None))
+        if its_pool and self._handover:
+            self.loop.wait(self._leave, function, its_pool)
+        self.server.remove_listener(function.ipv6)
         if its_pool:
             return its_pool.close(within_s)
         done = concurrent.futures.Future()  # somebody else did it
         done.set_result(None)
         return done
 
+    def _leave(self, function, its_pool):
+        if its_pool.leave():
+            self._left_behind = True
+            self.server.leave(function.ipv6)
+
     def _close_functions(self):
         ends = [self._shut(function, self.settings['stop_timeout']) for function, _ in list(self._functions.values())]
         concurrent.futures.wait(ends, timeout=self.settings['stop_timeout'] + 30)
 
-    def new(self, name, read, length):
-        """Deploy the tar archive of `length` bytes that read(n) gives as `name`.
+    def new(self, name, read, length, reference=None):
+        """Deploy the archive that read(n) gives as `name`: `length` bytes, or to its end when that is None.
 
-        What served before serves until the new one is ready.
+        `reference` says which of several images. What served before serves until the new one is ready.
         """
         registry.check_name(name, registry.RESERVED)
-        if length > self.settings['max_upload']:
+        if length is not None and length > self.settings['max_upload']:
             raise RequestError(
                 413,
                 f'{length} bytes are more than FAAS_MAX_UPLOAD, {self.settings["max_upload"]}',
                 'leave out what the function does not need, or raise the setting',
             )
         with self._change(), contextlib.ExitStack() as undo:
-            staging = undo.enter_context(image.Staging(f'{STATE}/functions'))
+            undo.callback(self._collect_layers)
+            staging = undo.enter_context(
+                image.Staging(
+                    f'{STATE}/functions',
+                    self._layers,
+                    id_base=self.settings['id_base'],
+                    most_bytes=self.settings['max_unpacked'],
+                    reference=reference,
+                )
+            )
             staging.receive(read, length)
             steps = undo.enter_context(contextlib.ExitStack())
             steps.callback(self._attempt, self.addresses.sync)
-            function, revision = self.registry.begin_revision(name)
-            steps.callback(self.registry.abandon_revision, function, revision)
-            folder = self._folder(function, revision)
+            function, number = self.registry.begin_revision(name)
+            steps.callback(self.registry.abandon_revision, function, number)
+            folder = self._folder(function, number)
             if function.revision is None:
                 steps.callback(shutil.rmtree, self._folder(function), ignore_errors=True)
             staging.keep(folder)
@@ -692,18 +760,19 @@ class Faasd:
                 steps.callback(lambda: self._shut(function, 5).result())
             else:
                 _, its_pool = self._functions[function.id]
-            instance = its_pool.start(folder, revision)
+            instance = its_pool.start(self._revision(function, number))
             steps.callback(its_pool.discard, instance)
-            self.registry.commit_revision(function, revision)
+            self.registry.commit_revision(function, number)
             steps.pop_all()
         its_pool.switch(instance)
-        self.emit('handler', f'Deployed {name} at {function.ipv6}, revision {revision} ({instance.kind})', name=name)
+        self.emit('handler', f'Deployed {name} at {function.ipv6}, revision {number} ({instance.kind})', name=name)
         return {
             'name': name,
             'ipv6': function.ipv6,
             'dns': f'{name}.faas',
-            'revision': revision,
-            'warning': self._publish(function),
+            'revision': number,
+            'warning': self._publish(function) or instance.warning,
+            'hint': instance.hint,
         }
 
     def _publish(self, function):
@@ -721,7 +790,7 @@ class Faasd:
             for projection in (self.zone, self.addresses):
                 self._attempt(projection.sync)
             self._shut(function, self.settings['stop_timeout']).result()
-            shutil.rmtree(self._folder(function), ignore_errors=True)
+            self._forget(self._folder(function))
         self.emit('listener', f'Removed {name} from {function.ipv6}', name=name)
 
     def ip(self, name):
@@ -987,6 +1056,7 @@ class Faasd:
                 closely = ticks % CLOSELY_TICKS == 0
                 if rules in changed or closely:
                     self._guard_step('rules', self._look_after_rules)
+                self._guard_step('connections', self._look_at_connections)
                 self._guard_step(self.vpn.interface, self._look_after_interface, links in changed or closely)
                 if closely:
                     self._guard_step('registry', self.registry.abandon_stale)
@@ -1005,6 +1075,17 @@ class Faasd:
             self._ails(area, str(error))
         except Exception:
             traceback.print_exc()
+
+    def _look_at_connections(self):
+        """Tell every pool what the kernel's table says of its address."""
+        now, counts = time.monotonic(), collections.defaultdict(dict)
+        for (address, uid), number in sock_diag.open_connections(FUNCTIONS, 80).items():
+            counts[socket.inet_ntop(socket.AF_INET6, address)][uid] = number
+        self.loop.call(self._spread, counts, now)
+
+    def _spread(self, counts, now):
+        for function, its_pool in list(self._functions.values()):
+            its_pool.look(counts.get(str(ipaddress.ip_address(function.ipv6)), {}), now)
 
     def _look_after_rules(self):
         if self.vpn.rules_loaded():
@@ -1314,7 +1395,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
             answer |= {
                 'error': f'the function does not start: {answer["error"]}',
                 'log': error.log,
-                'hint': 'nothing has changed on the server; correct the function and deploy it again',
+                'hint': error.hint or 'nothing has changed on the server; correct the function and deploy it again',
             }
         with contextlib.suppress(OSError):
             self._answer(json.dumps(answer).encode(), status)
@@ -1494,7 +1575,17 @@ def run(arguments, ending, events):
     os.read(ending, 1)
     # systemd's own limit knows nothing of FAAS_STOP_TIMEOUT.
     notify(f'STOPPING=1\nEXTEND_TIMEOUT_USEC={int((faasd.settings["stop_timeout"] + 60) * 1_000_000)}')
-    faasd.stop()
+    faasd.stop(handover=is_restart())
+
+
+def is_restart():
+    """True if it is systemd that ends this process, to start it again."""
+    if 'NOTIFY_SOCKET' not in os.environ:
+        return False
+    with open('/proc/self/cgroup') as file:  # of every unit it is the last part that ends so
+        units = set(re.findall(r'([^/\n]+\.service)', file.read()))
+    jobs = shell.run(['systemctl', 'list-jobs', '--no-legend', '--plain'], ok=range(256)).stdout.splitlines()
+    return any(line.split()[1:3] == [unit, 'restart'] for line in jobs for unit in units)
 
 
 if __name__ == '__main__':

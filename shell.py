@@ -78,6 +78,24 @@ def run_with_fds(argv, fds, timeout_s=30):
         os.close(pidfd)
 
 
+def user_namespace(mapping, timeout_s=5):
+    """A descriptor of a new user namespace with this line as its uid_map and gid_map (user_namespaces(7))."""
+    process = subprocess.Popen(['unshare', '--user', 'cat'], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    try:
+        path = f'/proc/{process.pid}/ns/user'
+        own, deadline = os.readlink('/proc/self/ns/user'), time.monotonic() + timeout_s
+        while os.readlink(path) == own:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise CommandError(process.args, 'made no user namespace')
+            time.sleep(0.0005)
+        for kind in ('uid_map', 'gid_map'):
+            with open(f'/proc/{process.pid}/{kind}', 'w') as file:
+                file.write(mapping)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        process.communicate()
+
+
 def reap_group(group):
     """Reap what a program forked and did not wait for (crun does so): a subreaper inherits it a moment later."""
     with contextlib.suppress(ChildProcessError):  # nobody is left

@@ -4,19 +4,19 @@ import collections
 import contextlib
 import json
 import os
-import platform
 import re
 import resource
 import secrets
 import select
 import shutil
 import signal
+import socket
 import threading
 import time
 from typing import NamedTuple
 
 import shell
-from handlers import protocol
+from handlers import injection, protocol, rootfs, seccomp
 
 RUNTIME = '/opt/faas/runtime.py'
 LOG_LIMIT = 1 << 20  # bytes; one older file of that size is kept
@@ -25,59 +25,11 @@ LINE_LIMIT = 4096
 PAUSE_S = 0.01  # between two turns of the copier: a function that floods its log gets a pipe's worth for each
 
 # Every instance has a range of its own, so that no two can signal, trace or read each other, and nothing in the host's
-# tree is theirs. From above what systemd gives to containers (UIDS-GIDS.md: 524288 to 1879048191) up to 2^31, where
-# programs begin to fail.
+# tree is theirs; the first range owns the layers of images there, mapped to an instance's own when they are mounted.
+# From above what systemd gives to containers (UIDS-GIDS.md: 524288 to 1879048191) up to 2^31, where programs begin to
+# fail.
 ID_RANGE = 65536
 ID_SLOTS = 4096
-
-# A passed socket is of the host's network, and its ioctl requests 0x8900 to 0x89ff list and change interfaces. The
-# kernel compares 64 bits but the request is the low 32: MASKED_EQ looks at those alone. The rest is what containers are
-# commonly refused: ways to more kernel.
-# fmt: off
-REFUSED_SYSCALLS = (
-    'acct', 'add_key', 'bpf', 'clock_adjtime', 'clock_settime', 'create_module', 'delete_module', 'finit_module',
-    'fsconfig', 'fsmount', 'fsopen', 'fspick', 'get_mempolicy', 'init_module', 'io_uring_enter',
-    'io_uring_register', 'io_uring_setup', 'ioperm', 'iopl', 'kcmp', 'kexec_file_load', 'kexec_load', 'keyctl',
-    'lookup_dcookie', 'mbind', 'migrate_pages', 'mount', 'mount_setattr', 'move_mount', 'move_pages',
-    'name_to_handle_at', 'nfsservctl', 'open_by_handle_at', 'open_tree', 'perf_event_open', 'pivot_root',
-    'process_vm_readv', 'process_vm_writev', 'ptrace', 'query_module', 'quotactl', 'reboot', 'request_key',
-    'set_mempolicy', 'setns', 'settimeofday', 'stime', 'swapoff', 'swapon', 'syslog', 'sysfs', 'umount', 'umount2',
-    'unshare', 'uselib', 'userfaultfd', 'ustat', 'vhangup', 'vm86', 'vm86old',
-)
-# fmt: on
-CLONE_NEW = 0x7E020000  # CLONE_NEWNS NEWCGROUP NEWUTS NEWIPC NEWUSER NEWPID NEWNET
-EPERM, ENOSYS, EAFNOSUPPORT = 1, 38, 97
-# The network namespace does not confine each family (AF_VSOCK leads to a hypervisor). The upper half of the register,
-# which the kernel ignores, is above the greatest good one.
-AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16
-REFUSED_FAMILIES = [
-    ('SCMP_CMP_GT', AF_NETLINK),
-    *(('SCMP_CMP_EQ', family) for family in range(AF_NETLINK) if family not in (AF_UNIX, AF_INET, AF_INET6)),
-]
-
-
-def refuse(*names, errno=EPERM, **argument):
-    rule = {'names': names, 'action': 'SCMP_ACT_ERRNO', 'errnoRet': errno}
-    return rule | ({'args': [argument]} if argument else {})
-
-
-SECCOMP = {
-    'defaultAction': 'SCMP_ACT_ALLOW',
-    'architectures': [
-        {'x86_64': 'SCMP_ARCH_X86_64', 'aarch64': 'SCMP_ARCH_AARCH64'}.get(platform.machine(), 'SCMP_ARCH_NATIVE')
-    ],
-    'syscalls': [
-        refuse('ioctl', index=1, value=0xFFFFFF00, valueTwo=0x8900, op='SCMP_CMP_MASKED_EQ'),
-        *(refuse('socket', errno=EAFNOSUPPORT, index=0, value=family, op=op) for op, family in REFUSED_FAMILIES),
-        *(
-            refuse('clone', index=0, value=1 << bit, valueTwo=1 << bit, op='SCMP_CMP_MASKED_EQ')
-            for bit in range(32)
-            if CLONE_NEW >> bit & 1
-        ),
-        refuse('clone3', errno=ENOSYS),  # its flags are behind a pointer; libc falls back to clone
-        refuse(*REFUSED_SYSCALLS),
-    ],
-}
 
 
 class Limits(NamedTuple):
@@ -99,29 +51,42 @@ class Containers:
         self.prefix, self.limits, self._id_base = prefix, limits, id_base
         self._cgroup = f'{cgroup}/{prefix}'
         self._rootfs, self._instances = os.path.join(run_dir, 'rootfs'), os.path.join(run_dir, 'instances')
+        self._image = os.path.join(run_dir, 'image')  # where each instance of an image sees its own root file system
         self._roots = {each: os.path.join(run_dir, each) for each in ('runc', 'crun')}
         self._runtime = (runtime, '--root', self._roots[runtime])
         self._slots, self._lock = set(), threading.Lock()
+        self._mappings = {}  # slot → the user namespace that maps the owners of layers to it
 
-    def prepare(self):
-        """Remove what a killed run left of its instances, and lay out the root file system that all instances share."""
+    def prepare(self, wanted=lambda record: False):
+        """Remove what a killed run left of its instances, and lay out the root file system that all folders share.
+
+        Returns [(record, Container)] of those that still run, serve a listener of their own, and are `wanted`.
+        """
+        kept = {}
         for folder in (self._instances, *self._roots.values()):
             if os.path.isdir(folder):
                 for ident in os.listdir(folder):
-                    self._delete(ident)
+                    if ident not in kept and (left := self._left(ident, wanted)):
+                        kept[ident] = left
+                    if ident not in kept:
+                        self._delete(ident)
         self._remove_cgroups()
-        shutil.rmtree(self._rootfs, ignore_errors=True)
+        if not kept:  # else it may be in use, and is only brought up to date
+            shutil.rmtree(self._rootfs, ignore_errors=True)
         os.makedirs(self._instances, mode=0o700, exist_ok=True)
+        os.makedirs(self._image, exist_ok=True)
         # With a user namespace every mount point must exist before, and a tmpfs takes the mode of its mount point (runc
         # 1.1).
         for folder in ('dev', 'etc', 'function', 'opt/faas', 'proc', 'run', 'sys', 'tmp', 'usr', 'var'):
-            os.makedirs(os.path.join(self._rootfs, folder))
+            os.makedirs(os.path.join(self._rootfs, folder), exist_ok=True)
         os.chmod(os.path.join(self._rootfs, 'tmp'), 0o1777)
+        links = {'control.sock': 'run/faas/control.sock', 'var/tmp': '/tmp'}
         for name in ('bin', 'sbin', 'lib', 'lib32', 'lib64', 'libx32'):
             if os.path.islink(f'/{name}'):
-                os.symlink(os.readlink(f'/{name}'), os.path.join(self._rootfs, name))
-        os.symlink('run/control.sock', os.path.join(self._rootfs, 'control.sock'))
-        os.symlink('/tmp', os.path.join(self._rootfs, 'var/tmp'))
+                links[name] = os.readlink(f'/{name}')
+        for name, target in links.items():
+            with contextlib.suppress(FileExistsError):
+                os.symlink(target, os.path.join(self._rootfs, name))
         for name, text in (
             ('passwd', 'root:x:0:0:function:/tmp:/usr/sbin/nologin\nnobody:x:65534:65534::/:/usr/sbin/nologin\n'),
             ('group', 'root:x:0:\nnogroup:x:65534:\n'),
@@ -137,53 +102,116 @@ class Containers:
             )
         compile_all = ['/usr/bin/python3', '-I', '-S', '-m', 'compileall', '-q', '--invalidation-mode=unchecked-hash']
         shell.run([*compile_all, '-s', self._rootfs, '-p', '/', os.path.join(self._rootfs, 'opt/faas')])
+        return list(kept.values())
 
-    def start(self, name, revision, folder, channel, output):
-        """A running Container for revision `folder` of function `name`.
+    def _left(self, ident, wanted):
+        """(record, Container) of an instance of a run that is over, if it still is what its record says, and wanted."""
+        try:
+            with open(os.path.join(self._instances, ident, 'record.json')) as file:
+                record = json.load(file)
+            if record['listener'] is None or record['pid'] is None or not wanted(record):
+                return None
+            pidfd = os.pidfd_open(record['pid'])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if shell.start_time(record['pid']) != record['start_time']:
+            os.close(pidfd)
+            return None
+        base, _ = record['ids']
+        self._slots.add((base - self._id_base) // ID_RANGE)
+        return record, Container(ident, record['pid'], pidfd, base)
 
-        Borrows the runtime's channel and the log's writing end. Raises ContainerError; nothing is left then.
+    def listener_of(self, record, container):
+        """The listening socket (owned) that an instance of a run that is over serves; None if it has lost it."""
+        for where in self._cgroups():
+            with contextlib.suppress(OSError), open(os.path.join(where, container.ident, 'cgroup.procs')) as file:
+                for pid in map(int, file.read().split()):
+                    for fd in map(int, os.listdir(f'/proc/{pid}/fd')):
+                        with contextlib.suppress(OSError):
+                            sock = injection.socket_of(pid, fd)
+                            if injection.cookie(sock) == record['listener']:
+                                return sock
+                            sock.close()
+        return None
+
+    def start(self, name, revision, spec, tree, output, channel=None, cookie=None):
+        """A running Container for a revision of function `name`: its image.Spec and the folder `tree`, or its layers.
+
+        Borrows the log's writing end, and the runtime's channel or, for what serves in a way of its own, none: then
+        `cookie` is that of the listener it will get. Raises ContainerError; nothing is left then.
         """
         ident = f'{self.prefix}-{secrets.token_hex(4)}'
         with self._lock:
-            slot = next((slot for slot in range(ID_SLOTS) if slot not in self._slots), None)
+            slot = next((slot for slot in range(1, ID_SLOTS) if slot not in self._slots), None)
             if slot is None:
-                raise ContainerError(f'{ID_SLOTS} instances run already')
+                raise ContainerError(f'{ID_SLOTS - 1} instances run already')
             self._slots.add(slot)
         bundle = os.path.join(self._instances, ident)
         try:
-            os.mkdir(bundle, 0o700)
-            base = self._id_base + slot * ID_RANGE
-            record = {
-                'function': name,
-                'revision': revision,
-                'ids': [base, 1],
-                'protocol': protocol.VERSION,
-                'pid': None,
-                'start_time': None,
-                'descriptors': {'channel': protocol.CHANNEL_FD},
-            }
-            self._write(bundle, 'record.json', record)
-            self._write(bundle, 'config.json', self._config(ident, name, folder, base))
-            pid_file, errors = os.path.join(bundle, 'pid'), os.path.join(bundle, 'runtime.log')
-            # No session keyring: a host that is itself a container may refuse one, and keyctl is refused to functions.
-            run = ['run', '--detach', '--no-new-keyring', '--preserve-fds', '1', '--bundle', bundle]
-            code = shell.run_with_fds(
-                [*self._runtime, '--log', errors, *run, '--pid-file', pid_file, ident],
-                {1: output, 2: output, protocol.CHANNEL_FD: channel},
-            )
-            if code:
-                raise ContainerError(self._runtime_said(errors) or f'{self._runtime[0]} ended with exit code {code}')
-            with open(pid_file) as file:
-                pid = int(file.read())
-            self._write(bundle, 'record.json', record | {'pid': pid, 'start_time': shell.start_time(pid)})
-            return Container(ident, pid, os.pidfd_open(pid), slot)
+            with contextlib.ExitStack() as undo:
+                undo.callback(self._delete, ident)
+                os.mkdir(bundle, 0o700)
+                base = self._id_base + slot * ID_RANGE
+                record = {
+                    'function': name,
+                    'revision': revision,
+                    'ids': [base, ID_RANGE if spec.layers else 1],
+                    'protocol': protocol.VERSION,
+                    'pid': None,
+                    'start_time': None,
+                    'stop_signal': spec.stop_signal,
+                    'listener': cookie,
+                }
+                self._write(bundle, 'record.json', record)
+                control = notifier = None
+                if channel is None:
+                    os.mkdir(os.path.join(bundle, 'control'))
+                    control = undo.enter_context(listening(os.path.join(bundle, 'control', 'control.sock'), 0o666))
+                    notifier = undo.enter_context(listening(os.path.join(bundle, 'notify.sock'), 0o600))
+                run = [ident, name, spec, tree, bundle, base, {1: output, 2: output}]
+                if channel is not None:
+                    run[-1][protocol.CHANNEL_FD] = channel
+                if spec.layers:
+                    rootfs.apart(lambda: self._run(*run))
+                else:
+                    self._run(*run)
+                with open(os.path.join(bundle, 'pid')) as file:
+                    pid = int(file.read())
+                self._write(bundle, 'record.json', record | {'pid': pid, 'start_time': shell.start_time(pid)})
+                container = Container(ident, pid, os.pidfd_open(pid), base, control, notifier)
+                undo.pop_all()
+                return container
         except BaseException as error:
-            self._delete(ident)
             with self._lock:
                 self._slots.discard(slot)
-            if isinstance(error, (OSError, shell.CommandError)):
+            if isinstance(error, (OSError, shell.CommandError, rootfs.NoUser)):
                 raise ContainerError(str(error)) from error
             raise
+
+    def _run(self, ident, name, spec, tree, bundle, base, fds):
+        """Have the OCI runtime start the container with the descriptors `fds`."""
+        config = self._config(ident, name, spec, bundle, base)
+        if spec.layers:
+            self._add_image(config, spec, tree, base)
+        else:
+            self._add_folder(config, spec, tree)
+        if protocol.CHANNEL_FD not in fds:
+            self._add_ways_to_serve(config, spec, bundle)
+        self._write(bundle, 'config.json', config)
+        pid_file, errors = os.path.join(bundle, 'pid'), os.path.join(bundle, 'runtime.log')
+        # No session keyring: a host that is itself a container may refuse one, and keyctl is refused to functions.
+        run = ['run', '--detach', '--no-new-keyring', '--bundle', bundle, '--pid-file', pid_file]
+        run += ['--preserve-fds', '1'] if protocol.CHANNEL_FD in fds else []
+        code = shell.run_with_fds([*self._runtime, '--log', errors, *run, ident], fds)
+        if code:
+            raise ContainerError(self._runtime_said(errors) or f'{self._runtime[0]} ended with exit code {code}')
+
+    def _mapping(self, base):
+        """The user namespace that maps the owners of layers to the range from `base`; made once, and kept."""
+        with self._lock:
+            if base not in self._mappings:
+                self._mappings[base] = shell.user_namespace(f'{self._id_base} {base} {ID_RANGE}')
+            return self._mappings[base]
 
     def remove(self, container):
         """Remove what is left of a container whose first process has ended; return why it ended, as a line."""
@@ -194,13 +222,17 @@ class Containers:
             reason = f'ran out of memory (its limit is {self.limits.memory >> 20} MiB)'
         self._delete(container.ident)
         with self._lock:
-            self._slots.discard(container.slot)
+            self._slots.discard((container.base - self._id_base) // ID_RANGE)
         return reason
 
     def close(self):
-        """Take away what `prepare` made; every container is removed before."""
+        """Take away what `prepare` made; every container is removed before, or left to a next run."""
+        for fd in self._mappings.values():
+            os.close(fd)
+        if self._slots:
+            return
         self._remove_cgroups()
-        for folder in (self._rootfs, self._instances, *self._roots.values()):
+        for folder in (self._rootfs, self._image, self._instances, *self._roots.values()):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _delete(self, ident):
@@ -248,25 +280,8 @@ class Containers:
                         return True
         return False
 
-    def _config(self, ident, name, folder, base):
-        """The OCI runtime configuration (config.md of the OCI runtime specification, 1.0.2)."""
-
-        def tmpfs(where, size, mode):
-            return {
-                'destination': where,
-                'type': 'tmpfs',
-                'source': 'tmpfs',
-                'options': ['nosuid', 'nodev', 'noexec', f'mode={mode}', f'size={size}'],
-            }
-
-        def host(where, source):
-            return {
-                'destination': where,
-                'type': 'bind',
-                'source': source,
-                'options': ['rbind', 'rro', 'rnosuid', 'rnodev'],  # what is mounted below it, too
-            }
-
+    def _config(self, ident, name, spec, bundle, base):
+        """What the OCI runtime configurations of all instances share (config.md of the OCI specification, 1.0.2)."""
         memory, pids, cpus = self.limits
         files = min(8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1])  # the container may not raise ours
         resources = {
@@ -279,17 +294,15 @@ class Containers:
             '/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes'
         ):
             resources['memory']['swap'] = memory  # memory and swap together: none of it is swap
-        ids = [{'containerID': 0, 'hostID': base, 'size': 1}]
-        none = {kind: [] for kind in ('bounding', 'effective', 'inheritable', 'permitted', 'ambient')}
+        ids = [{'containerID': 0, 'hostID': base, 'size': ID_RANGE if spec.layers else 1}]
         return {
             'ociVersion': '1.0.2',
             'process': {
                 'terminal': False,
                 'user': {'uid': 0, 'gid': 0},
-                'cwd': '/function',
-                'args': ['/usr/bin/python3', '-I', '-S', '-u', RUNTIME],
-                'env': ['PATH=/usr/local/bin:/usr/bin:/bin', 'HOME=/tmp', 'LANG=C.UTF-8', f'FAAS_FUNCTION={name}'],
-                'capabilities': none,
+                'cwd': spec.cwd,
+                'args': list(spec.args),
+                'capabilities': capabilities(),
                 'noNewPrivileges': True,
                 'oomScoreAdj': 500,
                 'rlimits': [
@@ -297,7 +310,6 @@ class Containers:
                     {'type': 'RLIMIT_CORE', 'hard': 0, 'soft': 0},
                 ],
             },
-            'root': {'path': self._rootfs, 'readonly': True},
             'hostname': name,
             'mounts': [
                 {'destination': '/proc', 'type': 'proc', 'source': 'proc', 'options': ['nosuid', 'nodev', 'noexec']},
@@ -308,10 +320,6 @@ class Containers:
                     'options': ['nosuid', 'noexec', 'mode=755', 'size=64k'],
                 },
                 tmpfs('/dev/shm', '16m', '1777'),
-                tmpfs('/run', '1m', '755'),
-                tmpfs('/tmp', '64m', '1777'),
-                host('/usr', '/usr'),
-                host('/function', folder),
             ],
             'linux': {
                 'namespaces': [{'type': kind} for kind in ('pid', 'mount', 'ipc', 'uts', 'network', 'user', 'cgroup')],
@@ -319,7 +327,7 @@ class Containers:
                 'gidMappings': ids,
                 'cgroupsPath': f'{self._cgroup}/{ident}',
                 'resources': resources,
-                'seccomp': SECCOMP,
+                'seccomp': seccomp.IMAGE if spec.layers else seccomp.FOLDER,
                 'maskedPaths': [
                     '/proc/acpi',
                     '/proc/asound',
@@ -336,19 +344,134 @@ class Containers:
             },
         }
 
+    def _add_folder(self, config, spec, tree):
+        """The sandbox of a folder: the host's /usr, read-only, one id and no capability."""
+        process = config['process']
+        if spec.kind == 'handler':
+            process |= {'cwd': '/function', 'args': ['/usr/bin/python3', '-I', '-S', '-u', RUNTIME]}
+        environment = {'PATH': '/usr/local/bin:/usr/bin:/bin', 'HOME': '/tmp', 'LANG': 'C.UTF-8'}
+        process['env'] = in_lines(environment | {'FAAS_FUNCTION': config['hostname']} | spec.env)
+        config['root'] = {'path': self._rootfs, 'readonly': True}
+        config['mounts'] += [
+            tmpfs('/run', '1m', '755'),
+            tmpfs('/tmp', '64m', '1777'),
+            host('/usr', '/usr'),
+            host('/function', tree),
+        ]
+
+    def _add_image(self, config, spec, tree, base):
+        """The sandbox of an image: its layers, ids of its own, and of root's capabilities those that stay inside."""
+        layers = [os.path.join(tree, layer) for layer in spec.layers]
+        root = rootfs.mount(self._image, layers, self._mapping(base), self.limits.memory // 2, base)
+        user, home = rootfs.find_user(root, spec.user)
+        environment = {
+            'PATH': '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin',
+            'HOSTNAME': config['hostname'],
+            'HOME': home,
+            'FAAS_FUNCTION': config['hostname'],
+        }
+        config['process'] |= {
+            'user': user,
+            'env': in_lines(environment | spec.env),
+            'capabilities': capabilities(*IMAGE_CAPABILITIES),
+        }
+        config['root'] = {'path': root, 'readonly': False}
+        config['mounts'] += [
+            {
+                'destination': '/dev/pts',
+                'type': 'devpts',
+                'source': 'devpts',
+                'options': ['nosuid', 'noexec', 'newinstance', 'ptmxmode=0666', 'mode=0620', 'gid=5'],
+            },
+            {
+                'destination': '/dev/mqueue',
+                'type': 'mqueue',
+                'source': 'mqueue',
+                'options': ['nosuid', 'noexec', 'nodev'],
+            },
+            host('/etc/hosts', os.path.join(self._rootfs, 'etc/hosts')),
+        ]
+
+    @staticmethod
+    def _add_ways_to_serve(config, spec, bundle):
+        """The two of a program that is not under runtime.py: /control.sock, and listen(), also below port 1024."""
+        environment = config['process']['env']
+        if not any(line.startswith('PORT=') for line in environment):
+            environment.append(f'PORT={injection.candidates(spec)[0]}')
+        config['mounts'].append(host('/run/faas', os.path.join(bundle, 'control')))
+        linux = config['linux']
+        linux['sysctl'] = {'net.ipv4.ip_unprivileged_port_start': '0'}
+        linux['seccomp'] = seccomp.notifying(linux['seccomp'], os.path.join(bundle, 'notify.sock'), '')
+
+
+# Within its own user namespace alone.
+IMAGE_CAPABILITIES = ('CAP_CHOWN', 'CAP_SETUID', 'CAP_SETGID', 'CAP_DAC_OVERRIDE')
+
+
+def capabilities(*names):
+    return {
+        kind: list(names) if kind in ('bounding', 'effective', 'permitted') else []
+        for kind in ('bounding', 'effective', 'inheritable', 'permitted', 'ambient')
+    }
+
+
+def in_lines(environment):
+    return [f'{name}={value}' for name, value in environment.items()]
+
+
+def tmpfs(where, size, mode):
+    return {
+        'destination': where,
+        'type': 'tmpfs',
+        'source': 'tmpfs',
+        'options': ['nosuid', 'nodev', 'noexec', f'mode={mode}', f'size={size}'],
+    }
+
+
+def host(where, source):
+    """A bind mount of the host's `source` and of what is mounted below it, read-only."""
+    return {
+        'destination': where,
+        'type': 'bind',
+        'source': source,
+        'options': ['rbind', 'rro', 'rnosuid', 'rnodev'],
+    }
+
+
+def listening(path, mode):
+    """A unix socket that listens at `path`, which may be longer than an address of 108 bytes, for whom `mode` lets."""
+    folder = os.open(os.path.dirname(path), os.O_PATH | os.O_CLOEXEC)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    try:
+        sock.bind(f'/proc/self/fd/{folder}/{os.path.basename(path)}')
+        os.chmod(path, mode)
+        sock.listen(128)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        os.close(folder)
+
 
 class Container(NamedTuple):
-    """A running container: the runtime's id, its first process as pid and pidfd (owned), its slot in the id ranges."""
+    """A running container: the runtime's id, its first process as pid and pidfd (owned), the first of its ids.
+
+    Without a channel it has two sockets that listen (owned): /control.sock, and where its notification descriptor
+    comes.
+    """
 
     ident: str
     pid: int
     pidfd: int
-    slot: int
+    base: int
+    control: socket.socket | None = None
+    notifier: socket.socket | None = None
 
-    def kill(self):
-        """SIGKILL the first process; with it everything in the container goes."""
+    def kill(self, number=signal.SIGKILL):
+        """Signal the first process; with SIGKILL everything in the container goes with it."""
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            signal.pidfd_send_signal(self.pidfd, number)
 
     def reap(self):
         """Wait for the end and close the pidfd; the exit code, 128 + N for signal N."""

@@ -19,6 +19,19 @@ CHUNK = 1 << 18
 WORKER_CPU_S, WORKER_MEMORY = 120, 1 << 30
 
 
+class Spec(__import__('typing').NamedTuple):
+    kind: str = 'handler'
+    args: tuple = ()
+    env: dict = {}
+    cwd: str = '/'
+    user: str = ''
+    ports: tuple = ()
+    stop_signal: str = 'SIGTERM'
+    layers: tuple = ()
+    start_timeout_s: float = None
+    concurrency: int = None
+
+
 class ImageError(Exception):
     """The archive cannot become a function; one line, and `hint` says what to do."""
 

@@ -8,21 +8,18 @@ import collections
 import concurrent.futures
 import contextlib
 import fcntl
-import os
-import shutil
 import socket
 import struct
 import termios
 import time
-import traceback
 import weakref
-from typing import NamedTuple
 
-from handlers import protocol
-from handlers.container import ContainerError, LogPipe
+from handlers import listener, protocol
+from handlers.container import ID_RANGE
+from handlers.instance import Handler, Program, Revision, StartFailed, Surroundings, text_of
 
-MOST_CONNECTIONS = 1024  # handed to one instance at a time; more wait in the listener's backlog
-MOST_MESSAGES = 256  # of one instance before the others have their turn
+__all__ = ['Pool', 'Revision', 'StartFailed', 'Surroundings', 'progress', 'text_of']
+
 YOUNG_S = 10  # an instance that dies before this age is crashing: the next start waits
 FIRST_DELAY_S, LAST_DELAY_S = 0.5, 30
 # Of linux/tcp.h.
@@ -30,192 +27,9 @@ TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE_WAIT = 1, 4, 5, 8
 TCP_CONNECTED = (TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE_WAIT)
 DRAIN_S = 600  # how long a replaced instance may take to finish what it holds
 IDLE_S = 30  # how long it keeps idle connections that were kept alive
-
-
-class StartFailed(Exception):
-    """No instance came up; the text is the reason, `log` the instance's own last lines."""
-
-    def __init__(self, reason, log=()):
-        super().__init__(reason)
-        self.log = list(log)
-
-
-class Surroundings(NamedTuple):
-    """What every pool of a server shares."""
-
-    loop: object  # call(f, *args) and wait(f, *args) from any thread, later(s, f, *args), watch(fd, f), unwatch(fd)
-    containers: object  # handlers.container.Containers
-    copier: object  # handlers.container.LogCopier
-    workers: concurrent.futures.Executor
-    emit: object  # emit(area, text, name=, problem=)
-    start_timeout_s: float
-
-
-class Instance:
-    """One container of a revision, from its start to its end. States: starting, ready, stopping, dead."""
-
-    def __init__(self, pool, folder, revision):
-        self.pool, self.folder, self.revision = pool, folder, revision
-        self.state, self.kind = 'starting', None
-        self.connections = {}  # number → our duplicate, until the instance is done with it
-        self.born = time.monotonic()
-        self.up = concurrent.futures.Future()  # the instance itself once it is ready, else StartFailed
-        self.gone = concurrent.futures.Future()
-        self._number = 0
-        self._reason = self._container = self._channel = self._pipe = None
-        self._greeted = self._full = False
-        self._around = pool.around
-
-    def begin(self):
-        self._around.workers.submit(self._launch)
-
-    def _launch(self):
-        """In a worker thread: everything that waits for runc."""
-        self.born = time.monotonic()
-        try:
-            with contextlib.ExitStack() as kept, contextlib.ExitStack() as lent:
-                ours, theirs = protocol.pair()
-                kept.enter_context(ours)
-                lent.enter_context(theirs)
-                self._pipe = LogPipe(self.pool.log)
-                lent.callback(self._pipe.close_writer)
-                self._around.copier.add(self._pipe)
-                container = self._around.containers.start(
-                    self.pool.name, self.revision, self.folder, theirs.fileno(), self._pipe.writer
-                )
-                kept.pop_all()
-        except Exception as error:
-            if self._pipe:
-                self._pipe.wait()
-            reason = str(error) if isinstance(error, ContainerError) else repr(error)
-            self._around.loop.call(self._ended, reason)
-        else:
-            self._around.loop.call(self._launched, container, ours)
-
-    def _launched(self, container, channel):
-        self._container, self._channel = container, channel
-        self._around.loop.watch(channel.fileno(), self._read)
-        self._around.loop.watch(container.pidfd, self._exited)
-        self._around.loop.later(max(0, self._around.start_timeout_s - self.age_s()), self._check_up)
-        if self.state == 'stopping':
-            self._tell_stop(0)
-        if self._reason:
-            container.kill()
-
-    def age_s(self):
-        return time.monotonic() - self.born
-
-    def _check_up(self):
-        if self.state == 'starting':
-            self.kill(f'not ready within {self._around.start_timeout_s:g} s (FAAS_START_TIMEOUT)')
-
-    def kill(self, reason):
-        """End it now; what it holds is sorted out when its end is seen."""
-        self._reason = self._reason or reason
-        if self._container:
-            self._container.kill()
-
-    def stop(self, idle_s, within_s):
-        """Let it finish what it holds, close idle connections after idle_s, and kill what remains after within_s."""
-        if self.state in ('starting', 'ready'):
-            self.state = 'stopping'
-            self._tell_stop(idle_s)
-        self._around.loop.later(within_s, self.kill, 'did not stop in time')
-
-    def _tell_stop(self, idle_s):
-        if self._channel:
-            with contextlib.suppress(OSError):
-                protocol.send_number(self._channel, protocol.STOP, int(idle_s))
-
-    def send(self, connection):
-        """Hand over `connection` (consumed).
-
-        False when the instance takes no more at the moment; the caller keeps it then.
-        """
-        try:
-            protocol.send_connection(self._channel, self._number, connection)
-        except BlockingIOError:
-            if not self._full:
-                self._full = True
-                self._around.loop.later(0.005, self._try_again)
-            return False
-        except OSError:  # it is about to be seen as dead
-            return False
-        self.connections[self._number] = connection
-        self._number += 1
-        return True
-
-    def _try_again(self):
-        self._full = False
-        self.pool.flush()
-
-    def _read(self):
-        if not self._hear(MOST_MESSAGES):
-            self._around.loop.unwatch(self._channel.fileno())
-            self._around.loop.later(1, self.kill, 'closed its channel to faasd')  # most often it is ending by itself
-
-    def _hear(self, most):
-        """Take in what the runtime has said; False when it has no more to say."""
-        try:
-            for _ in range(most):
-                message, fd = protocol.receive(self._channel)
-                if fd is not None:
-                    os.close(fd)
-                    return False
-                if not message:
-                    return False
-                self._heard(message[:1], message)
-        except BlockingIOError:
-            pass
-        except (OSError, protocol.ProtocolError):
-            return False
-        return True
-
-    def _heard(self, kind, message):
-        if kind == protocol.DONE and (connection := self.connections.pop(protocol.number_of(message), None)):
-            connection.close()
-            self.pool.served(self)
-        elif kind == protocol.HELLO and not self._greeted:
-            if message[1:] != bytes((protocol.VERSION,)):
-                raise protocol.ProtocolError('another version')
-            self._greeted = True
-        elif kind == protocol.READY and self._greeted and self.kind is None:
-            self.kind = text_of(message)
-            if self.state == 'starting':
-                self.state = 'ready'
-                self.up.set_result(self)
-                self.pool.ready(self)
-        elif kind == protocol.FAILED and not self._reason:
-            self._reason = text_of(message)
-        else:
-            raise protocol.ProtocolError('not what comes next')
-
-    def _exited(self):
-        self._hear(1 << 16)  # what it said last
-        self._around.loop.unwatch(self._channel.fileno())
-        self._around.loop.unwatch(self._container.pidfd)
-        self._channel.close()
-        self._around.workers.submit(self._bury, self._container)
-        self._container = None  # its pidfd is about to be closed
-        orphans, self.connections = list(self.connections.values()), {}
-        self.pool.orphaned(orphans)
-
-    def _bury(self, container):
-        """In a worker thread: what waits for runc and for the last output."""
-        try:
-            reason = self._around.containers.remove(container)
-        except Exception as error:  # its end must be seen, whatever remains of it
-            traceback.print_exc()
-            reason = repr(error)
-        self._pipe.wait()
-        self._around.loop.call(self._ended, self._reason or reason)
-
-    def _ended(self, reason):
-        before, self.state = self.state, 'dead'
-        if not self.up.done():
-            self.up.set_exception(StartFailed(reason, self._pipe.tail() if self._pipe else ()))
-        self.pool.ended(self, before, reason)
-        self.gone.set_result(None)
+# A former front is done with when nothing came to it for so long: a client's last packet of the handshake may be on its
+# way. And how often that is looked at.
+QUIET_S, QUEUE_LOOK_S = 1, 0.02
 
 
 class Pool:
@@ -223,24 +37,26 @@ class Pool:
 
     def __init__(self, name, log, around):
         self.name, self.log, self.around = name, log, around
-        self.revision = self.folder = None
+        self.revision = None  # the live Revision
         self.reason = None  # why the last instance ended that should not have
-        self.gate = lambda is_open: None  # the listener's: False while nobody could take a connection
-        self._serving = self._starting = None
+        self.gate = lambda is_open: None  # the front's: False while nobody could take a connection
+        self.front = None  # handlers.listener.Front
+        self._serving = self._starting = self._trial = self._draining = None
         self._instances, self._replaced = set(), set()  # the folders of revisions that were replaced
         self._pending = collections.deque()  # accepted, and nobody's yet
         self._retried = weakref.WeakSet()  # connections that one instance left untouched when it died
         self._failures, self._not_before, self._closed = 0, 0.0, False
+        self._counts, self._counted, self._used = {}, 0.0, time.monotonic()
 
     # For other threads
 
-    def start(self, folder, revision):
-        """Blocks until an instance of the revision is ready, and returns it.
+    def start(self, revision):
+        """Blocks until an instance of the Revision is ready, and returns it.
 
         It serves nothing yet. Raises StartFailed.
         """
-        instance = Instance(self, folder, revision)
-        self.around.loop.call(self._begin, instance)
+        instance = self._make(revision, trial=True)
+        self.around.loop.call(self._try, instance)
         return instance.up.result()
 
     def switch(self, instance):
@@ -249,7 +65,7 @@ class Pool:
 
     def discard(self, instance):
         """Blocks until an instance that never served is gone."""
-        self.around.loop.call(instance.stop, 0, 5)
+        self.around.loop.call(self._discard, instance)
         instance.gone.result()
 
     def close(self, within_s):
@@ -260,11 +76,12 @@ class Pool:
 
     def status(self):
         """(status, reason or None) as the API says it."""
+        serving = self._serving
         if self.reason is not None:
             return 'crashing', self.reason
-        if self._serving and len(self._serving.connections) >= MOST_CONNECTIONS:
-            return 'full', f'it serves {MOST_CONNECTIONS} connections, more wait'
-        return ('running' if self._serving else 'starting' if self._starting else 'idle'), None
+        if serving and not listens_itself(serving) and len(serving.connections) >= serving.most:
+            return 'full', f'it serves {serving.most} connections, more wait'
+        return ('running' if serving else 'starting' if self._starting else 'idle'), None
 
     # In the loop's thread
 
@@ -273,7 +90,7 @@ class Pool:
 
         Otherwise see to it that this changes.
         """
-        if self._serving and not self._pending and len(self._serving.connections) < MOST_CONNECTIONS:
+        if self._serving and not self._pending and self._serving.takes():
             return True
         self.gate(False)
         self._wake()
@@ -288,8 +105,11 @@ class Pool:
     def flush(self):
         while self._pending and self._serving and self._serving.send(self._pending[0]):
             self._pending.popleft()
-        if self._serving and not self._pending and not self._closed:
+        if self._serving and not listens_itself(self._serving) and not self._pending and not self._closed:
             self.gate(True)
+
+    def _make(self, revision, trial=False):
+        return (Handler if revision.spec.kind == 'handler' else Program)(self, revision, trial)
 
     def _begin(self, instance):
         self._instances.add(instance)
@@ -298,14 +118,41 @@ class Pool:
         else:
             instance.begin()
 
+    def _try(self, instance):
+        """Start an instance of a new revision.
+
+        While another serves, it gets a listener of its own, when there is room for one.
+        """
+        if isinstance(instance, Program) and not self._closed:
+            if not self._serving and not self._starting:
+                instance.listener = self.front.sock
+            elif self.front.may_fork:
+                try:
+                    instance.listener = self.front.fork()
+                except OSError as error:
+                    self._instances.add(instance)
+                    return instance._ended(f'no listener: {error.strerror}')
+            else:
+                return self.around.loop.later(QUEUE_LOOK_S, self._try, instance)
+            if instance.listener is self.front.sock:
+                self._trial = instance  # no other shall be at the same listener
+        self._begin(instance)
+
+    def _discard(self, instance, within_s=5):
+        instance.stop(0, within_s)
+        if instance.listener and self.front:
+            self.front.drop(instance.listener)
+
     def _wake(self):
         """Start an instance if there is none and none is on its way, not before the delay after a crash is over."""
-        if self._serving or self._starting or self._closed or self.folder is None:
+        if self._serving or self._starting or self._trial or self._closed or self.revision is None:
             return
         wait_s = self._not_before - time.monotonic()
         if wait_s > 0:
             return self.around.loop.later(wait_s, self._retry)
-        self._starting = Instance(self, self.folder, self.revision)
+        self._starting = self._make(self.revision)
+        if isinstance(self._starting, Program):
+            self._starting.listener = self.front.sock
         self._begin(self._starting)
 
     def _retry(self):
@@ -319,35 +166,127 @@ class Pool:
             self._switch(instance)
 
     def _switch(self, instance):
-        if self.revision is not None and instance.revision < self.revision:  # a later deploy was faster
-            self._replaced.add(instance.folder)
-            return instance.stop(0, DRAIN_S)
-        for other in (self._serving, self._starting):
-            if other not in (None, instance):
-                other.stop(IDLE_S, DRAIN_S)
-        self._serving, self._starting = instance, None
-        if self.folder not in (None, instance.folder):
-            self._replaced.add(self.folder)
-        self.revision, self.folder = instance.revision, instance.folder
+        revision = instance.revision
+        if self.revision is not None and revision.number < self.revision.number:  # a later deploy was faster
+            self._replaced.add(revision.folder)
+            return self._discard(instance, DRAIN_S)
+        if listens_itself(self._serving) and instance.listener in (None, self.front.sock) and not self.front.may_fork:
+            return self.around.loop.later(QUEUE_LOOK_S, self._switch, instance)
+        if self._trial is instance:
+            self._trial = None
+        former, self._serving = self._serving, instance
+        if self._starting not in (None, instance):
+            self._starting.stop(IDLE_S, DRAIN_S)
+        self._starting = None
+        self._turn(former, instance)
+        if self.revision is not None and self.revision.folder != revision.folder:
+            self._replaced.add(self.revision.folder)
+        self.revision, self._used = revision, time.monotonic()
         self._forget_replaced()
-        if instance.state == 'dead':  # between its readiness and this call
+        if self._serving is None or instance.state == 'dead':  # it has ended between its readiness and this call
             self._serving = None
             self.gate(True)
+        elif listens_itself(instance):
+            self.gate(False)
+        elif self.front:
+            self.front.sock.setblocking(False)  # a server that listened there may have wanted it otherwise
         self.around.loop.later(YOUNG_S, self._grown, instance)
         self.flush()
 
+    def _turn(self, former, instance):
+        """Turn the front from the `former` instance, if there is one, to the one that serves now."""
+        forked = instance.listener is not None and instance.listener is not self.front.sock
+        if former is None:
+            if forked:  # who waits at the front of one that died meanwhile is served there, by another
+                self._discard(instance, DRAIN_S)
+                self._serving = None
+        elif forked or listens_itself(former):
+            self.gate(False)
+            self.front.steer(instance.listener if forked else self.front.fork())
+            self._drain(former)
+        else:
+            former.stop(IDLE_S, DRAIN_S)
+
+    def _drain(self, former):
+        """Have `former` take what waits at the former front, then stop it."""
+        waiting, self._pending = self._pending, collections.deque()
+        self._draining = former
+        began = time.monotonic()
+
+        def look(quiet_since):
+            sock, now = self.front.former, time.monotonic()
+            if former is not self._draining or sock is None:
+                return
+            if not listens_itself(former):
+                with contextlib.suppress(OSError):
+                    while former.takes() and (waiting or listener.queued(sock)):
+                        connection = waiting.popleft() if waiting else sock.accept()[0]
+                        if not former.send(connection):
+                            waiting.appendleft(connection)
+                            break
+            if waiting or listener.queued(sock):
+                quiet_since = now
+            if now < min(quiet_since + QUIET_S, began + DRAIN_S):
+                return self.around.loop.later(QUEUE_LOOK_S, look, quiet_since)
+            self.front.former_is_empty = True
+            former.stop(IDLE_S, DRAIN_S)
+
+        look(began)
+
+    def look(self, counts, counted):
+        """Take in how many connections the function's address has, {uid: number}, as of `counted`."""
+        self._counts, self._counted = counts, counted
+        serving = self._serving
+        if not self.front or not serving:
+            return
+        if listens_itself(serving) and not listener.listens(self.front.sock):
+            self.front.revive()
+        if counts or self._pending or listener.queued(self.front.sock) or serving.connections:
+            self._used = counted
+        elif 0 < self.around.idle_timeout_s < counted - self._used and not self._starting and not self._trial:
+            self._rest(serving)
+
+    def _rest(self, serving):
+        """Stop the instance of a function that nobody uses. The next connection starts one."""
+        if listens_itself(serving):
+            if not self.front.may_fork:
+                return
+            self.gate(False)
+            self.front.steer(self.front.fork())
+            self._drain(serving)
+        else:
+            serving.stop(0, DRAIN_S)
+        self._serving = None
+        self.around.emit('handler', f'{self.name}: idle for {self.around.idle_timeout_s:g} s, stopped', name=self.name)
+        self.gate(True)
+
+    def connections_of(self, container, since=0):
+        """How many connections a container holds; None when nobody has looked after `since`."""
+        if self._counted <= since:
+            return None
+        ids = range(container.base, container.base + ID_RANGE)
+        return sum(number for uid, number in self._counts.items() if uid in ids)
+
+    def adopt(self, container, sock):
+        """An instance that a faasd which is no more has left serves on `sock`, the front, until another is ready."""
+        self._serving = Program.adopt(self, self.revision, container, sock)
+        self._instances.add(self._serving)
+        self.gate(False)
+        self._starting = self._make(self.revision)
+        self._try(self._starting)
+
     def _forget_replaced(self):
         """Delete the files of replaced revisions, unless an instance that finishes its work needs them."""
-        for folder in self._replaced - {instance.folder for instance in self._instances}:
+        for folder in self._replaced - {instance.revision.folder for instance in self._instances}:
             self._replaced.discard(folder)
-            self.around.workers.submit(shutil.rmtree, folder, ignore_errors=True)
+            self.around.workers.submit(self.around.forget, folder)
 
     def _grown(self, instance):
         if instance is self._serving:
             self._failures, self.reason = 0, None
 
     def served(self, instance):
-        if instance is self._serving and (self._pending or len(instance.connections) == MOST_CONNECTIONS - 1):
+        if instance is self._serving and (self._pending or len(instance.connections) == instance.most - 1):
             self.flush()
 
     def orphaned(self, connections):
@@ -357,7 +296,7 @@ class Pool:
             if answered:  # they must not take a part for the whole
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
                 connection.close()
-            elif received or connection in self._retried:
+            elif received or connection in self._retried or listens_itself(self._serving):
                 with contextlib.suppress(OSError):
                     connection.send(protocol.BAD_GATEWAY, socket.MSG_DONTWAIT)
                     connection.shutdown(socket.SHUT_WR)
@@ -369,14 +308,22 @@ class Pool:
     def ended(self, instance, before, reason):
         self._instances.discard(instance)
         self._forget_replaced()
-        expected = before == 'stopping'
+        expected = before == 'stopping' or instance is self._draining
+        if instance is self._draining:
+            self._draining = None
+            self.front.retire()
+        if instance.listener and self.front:
+            self.front.drop(instance.listener)
+        if instance is self._trial:
+            self._trial = None
+        well = instance is self._serving and instance.ended_well(reason)
         if instance is self._serving:
             self._serving = None
         if instance is self._starting:
             self._starting = None
         elif before == 'starting':
             expected = True  # a deploy's, which tells the person itself
-        if not expected:
+        if not expected and not well:
             self._failures = self._failures + 1 if instance.age_s() < YOUNG_S else 0
             delay_s = min(LAST_DELAY_S, FIRST_DELAY_S * 2 ** min(self._failures - 1, 10)) if self._failures else 0
             self._not_before = time.monotonic() + delay_s
@@ -390,25 +337,36 @@ class Pool:
         if self._closed:
             self._close_if_done()
         elif not self._serving:
+            if well:
+                self._wake()  # the next one is there before its client
             self._retry()
 
     def _close(self, within_s, done):
         self._closed = done
         while self._pending:
             self._pending.pop().close()
-        for instance in self._instances:
+        for instance in list(self._instances):
             instance.stop(0, within_s)
         self._close_if_done()
+
+    def leave(self):
+        """Let an instance that listens by itself go on without us. True if there is one."""
+        serving = self._serving
+        if not listens_itself(serving) or serving.state != 'ready':
+            return False
+        self._instances.discard(serving)
+        self._serving = None
+        serving.leave()
+        return True
 
     def _close_if_done(self):
         if not self._instances and not self._closed.done():
             self._closed.set_result(None)
 
 
-def text_of(message):
-    """What a function says of itself, as one printable line."""
-    text = message[1:].decode(errors='replace')
-    return ''.join(letter if letter.isprintable() else '\ufffd' for letter in text)
+def listens_itself(instance):
+    """True if the kernel connects its clients to it, and nobody else may accept at its listener."""
+    return isinstance(instance, Program) and instance.serves_itself
 
 
 def progress(connection):

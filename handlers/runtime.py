@@ -340,7 +340,9 @@ class Processes:
         self._queue = []  # numbers for which no process runs yet
         self._stopping = False
         self._control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._control.bind(os.path.realpath(CONTROL))
+        path = os.path.realpath(CONTROL)
+        os.makedirs(os.path.dirname(path))
+        self._control.bind(path)
         self._control.listen(128)
         self._wake, wakes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.set_blocking(wakes, False)

@@ -17,7 +17,7 @@ import time
 import traceback
 import unittest
 
-from handlers import container, protocol
+from handlers import container, image, protocol
 from tests import lab
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWNET = 0x20000, 0x4000000, 0x8000000, 0x40000000
@@ -165,6 +165,7 @@ def tunnel(laptop, private_key, server_key, ipv6):
 # Containers, in a host
 
 
+SPEC = image.Spec('handler')
 LIMITS = container.Limits(memory=256 << 20, pids=64, cpus=2)
 
 
@@ -198,7 +199,7 @@ class Instance:
         self._listener.bind(('::1', 0))
         self._listener.listen(256)
         try:
-            self.container = containers.start(name, 1, str(self.folder), theirs.fileno(), writer)
+            self.container = containers.start(name, 1, SPEC, str(self.folder), writer, channel=theirs.fileno())
         finally:
             theirs.close()
             os.close(writer)

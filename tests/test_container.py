@@ -271,14 +271,14 @@ class Life(inside.InHost):
                         uid = int(each.wait_up().value('open("/proc/self/uid_map").read().split()[1]'))
                         self.assertEqual(uid, os.stat(f'/proc/{each.pid}').st_uid)
                         seen.add(uid)
-            self.assertEqual({0x70000000, 0x70000000 + container.ID_RANGE}, seen)
+            self.assertEqual({0x70000000 + container.ID_RANGE, 0x70000000 + 2 * container.ID_RANGE}, seen)
             self.assertEqual(set(), them._slots)
 
     @inside.inside
     def test_nothing_remains_after_close(self):
         before = sorted(os.listdir('/proc/self/fd'))
         with inside.containers() as them:
-            self.assertEqual({'instances', 'rootfs'}, set(os.listdir('/run/faasd')))
+            self.assertEqual({'image', 'instances', 'rootfs'}, set(os.listdir('/run/faasd')))
             with inside.Expressions(them) as instance:
                 instance.wait_up()
                 ident = instance.container.ident
@@ -316,14 +316,14 @@ class Life(inside.InHost):
             before = sorted(os.listdir('/proc/self/fd'))
             for _ in range(3):
                 with open('/dev/null', 'w') as null, self.assertRaises(container.ContainerError) as caught:
-                    them.start('test', 1, '/no/such/folder', null.fileno(), null.fileno())
+                    them.start('test', 1, inside.SPEC, '/no/such/folder', null.fileno(), null.fileno())
                 self.assertIn('/no/such/folder', str(caught.exception))
                 self.assertNotIn('\n', str(caught.exception))
             self.assertEqual(([], set()), (os.listdir('/run/faasd/instances'), them._slots))
             self.assertEqual(before, sorted(os.listdir('/proc/self/fd')))
             os.environ['PATH'] = '/nowhere'
             with open('/dev/null', 'w') as null, self.assertRaisesRegex(container.ContainerError, 'not installed'):
-                them.start('test', 1, '/tmp', null.fileno(), null.fileno())
+                them.start('test', 1, inside.SPEC, '/tmp', null.fileno(), null.fileno())
             os.environ['PATH'] = lab.environment()['PATH']
         self.check_nothing_remains(them)
 

@@ -5,13 +5,14 @@ import contextlib
 import itertools
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import time
 import unittest
 from unittest import mock
 
-from handlers import container, pool, protocol
+from handlers import container, instance, pool, protocol
 from handlers.loop import Loop
 from tests import inside, lab
 
@@ -100,7 +101,9 @@ class Function:
         stack.callback(self.loop.stop)
         workers = stack.enter_context(concurrent.futures.ThreadPoolExecutor(4))
         containers = stack.enter_context(inside.containers())
-        around = pool.Surroundings(self.loop, containers, container.LogCopier(), workers, self.note, start_timeout_s)
+        around = pool.Surroundings(
+            self.loop, containers, container.LogCopier(), workers, self.note, start_timeout_s, forget=shutil.rmtree
+        )
         self.pool = pool.Pool('test', container.Log(str(self.folder / 'log')), around)
         stack.callback(lambda: self.pool.close(0).result(20))
         self.listener = stack.enter_context(socket.create_server(('::1', 0), family=socket.AF_INET6))
@@ -130,10 +133,10 @@ class Function:
         folder = self.folder / str(number)
         folder.mkdir()
         (folder / 'handler.py').write_text(source or SOURCE % f'revision {number}')
-        return str(folder), number
+        return pool.Revision(number, str(folder), inside.SPEC, str(folder))
 
     def deploy(self, number, source=None):
-        instance = self.pool.start(*self.revision(number, source))
+        instance = self.pool.start(self.revision(number, source))
         self.pool.switch(instance)
         return instance
 
@@ -152,7 +155,7 @@ class Function:
     @staticmethod
     def go(instance):
         """Let its slow requests go on."""
-        pathlib.Path(instance.folder, 'go').touch()
+        pathlib.Path(instance.revision.folder, 'go').touch()
 
     @staticmethod
     def end(instance, number=signal.SIGKILL):
@@ -181,7 +184,7 @@ class Serving(inside.InHost):
     @inside.inside
     def test_a_revision_that_is_late_does_not_take_over_from_a_newer_one(self):
         function = Function(self.stack)
-        late = function.pool.start(*function.revision(1))
+        late = function.pool.start(function.revision(1))
         function.deploy(2)
         function.pool.switch(late)
         self.assertEqual('revision 2', function.ask())
@@ -191,12 +194,12 @@ class Serving(inside.InHost):
     @inside.inside
     def test_an_instance_holds_no_more_than_its_share(self):
         function = Function(self.stack)
-        with mock.patch.object(pool, 'MOST_CONNECTIONS', 2):
-            instance = function.deploy(1)
+        with mock.patch.object(instance, 'MOST_CONNECTIONS', 2):
+            serving = function.deploy(1)
             slow = [function.connect(b'slow') for _ in range(3)]
-            function.holds(instance, 2)
+            function.holds(serving, 2)
             lab.wait_until(lambda: not function.is_open, 5, 'the gate to close')
-            function.go(instance)
+            function.go(serving)
             self.assertEqual([b'revision 1'] * 3, [inside.read_all(client) for client in slow])
             lab.wait_until(lambda: function.is_open, 5, 'the gate to open')
 
@@ -335,7 +338,7 @@ class Deaths(inside.InHost):
         with mock.patch.object(pool, 'FIRST_DELAY_S', 0.01):
             function.deploy(1)
             slow = 'import time\ntime.sleep(3)\n'
-            pathlib.Path(function.pool.folder, 'handler.py').write_text(slow + SOURCE % 'late')
+            pathlib.Path(function.pool.revision.folder, 'handler.py').write_text(slow + SOURCE % 'late')
             function.ask(b'die')
             client = function.connect()
             lab.wait_until(lambda: function.pool._starting, 5, 'the next')
@@ -370,7 +373,7 @@ class Starting(inside.InHost):
         ):
             with self.subTest(reason):
                 with self.assertRaisesRegex(pool.StartFailed, reason) as caught:
-                    function.pool.start(*function.revision(number, source))
+                    function.pool.start(function.revision(number, source))
                 self.assertEqual(log, [line.split(' ')[0] for line in caught.exception.log[: len(log)]])
                 self.assertEqual('revision 1', function.ask())
         self.assertEqual(('running', None), function.pool.status())
@@ -382,8 +385,8 @@ class Starting(inside.InHost):
         revision = function.revision(1)
         none_left = mock.patch.object(protocol, 'pair', side_effect=OSError(24, 'Too many open files'))
         with none_left, self.assertRaisesRegex(pool.StartFailed, 'Too many open files'):
-            function.pool.start(*revision)
-        function.pool.switch(function.pool.start(*revision))
+            function.pool.start(revision)
+        function.pool.switch(function.pool.start(revision))
         self.assertEqual('revision 1', function.ask())
 
     @inside.inside
@@ -391,13 +394,13 @@ class Starting(inside.InHost):
         function = Function(self.stack)
         function.pool.close(5).result(5)
         with self.assertRaisesRegex(pool.StartFailed, 'shut down'):
-            function.pool.start(*function.revision(1))
+            function.pool.start(function.revision(1))
 
     @inside.inside
     def test_one_that_was_not_wanted_after_all_is_gone(self):
         function = Function(self.stack)
         function.deploy(1)
-        instance = function.pool.start(*function.revision(2))
+        instance = function.pool.start(function.revision(2))
         function.pool.discard(instance)
         self.assertEqual('dead', instance.state)
         self.assertEqual('revision 1', function.ask())
@@ -405,7 +408,7 @@ class Starting(inside.InHost):
     @inside.inside
     def test_one_that_dies_between_its_readiness_and_its_turn_is_replaced(self):
         function = Function(self.stack)
-        instance = function.pool.start(*function.revision(1))
+        instance = function.pool.start(function.revision(1))
         function.end(instance)
         instance.gone.result(10)
         function.pool.switch(instance)
@@ -414,7 +417,7 @@ class Starting(inside.InHost):
     @inside.inside
     def test_without_a_running_one_the_first_connection_starts_it(self):
         function = Function(self.stack)
-        function.pool.folder, function.pool.revision = function.revision(1)
+        function.pool.revision = function.revision(1)
         self.assertEqual(('idle', None), function.pool.status())
         self.assertEqual('revision 1', function.ask())
         self.assertEqual(('running', None), function.pool.status())
@@ -424,7 +427,7 @@ class Starting(inside.InHost):
         function = Function(self.stack)
         source = 'raise RuntimeError("\\x1b[2J\\rx")\n'
         with self.assertRaises(pool.StartFailed) as caught:
-            function.pool.start(*function.revision(1, source))
+            function.pool.start(function.revision(1, source))
         self.assertTrue(str(caught.exception).isprintable(), caught.exception)
 
 

@@ -1,0 +1,323 @@
+"""Listener injection: an unmodified server's listen() is answered with the function's own listening socket.
+
+The kernel asks for each listen() of a container by its seccomp notification descriptor (seccomp_unotify(2)), which the
+OCI runtime sends at the start as the specification's linux.seccomp.listenerPath says. The answer to the right one puts
+our socket at the caller's descriptor number; every other listen() goes on inside, where nobody else is.
+
+Only listen() is asked for, not bind(): with the first connection accepted, the server is ready by its own word.
+"""
+
+import array
+import contextlib
+import ctypes
+import errno
+import fcntl
+import ipaddress
+import os
+import re
+import select
+import socket
+import struct
+import threading
+import traceback
+
+# linux/seccomp.h: _IOWR('!', 0, struct seccomp_notif), (1, _resp), _IOW('!', 2, u64), (3, struct seccomp_notif_addfd)
+NOTIF_RECV, NOTIF_SEND, NOTIF_ID_VALID, NOTIF_ADDFD = 0xC0502100, 0xC0182101, 0x40082102, 0x40182103
+NOTIF_FLAG_CONTINUE, ADDFD_FLAG_SETFD = 1, 1
+PIDFD_THREAD = os.O_EXCL  # Linux 6.9
+PIDFD_GETFD = 438
+SO_COOKIE = 57
+CLONE_FILES = 0x400
+EPOLL_CTL_ADD, EPOLL_CTL_DEL = 1, 2
+BACKLOG = 4096
+DEFAULT_PORT = 80  # what $PORT says, unless the image or its EXPOSE knows better
+MOST_ORIGINALS = 64  # sockets of an instance that are kept to be given back
+MOST_STATE = 1 << 20  # bytes of the container's state that comes with the notification descriptor
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class EpollEvent(ctypes.Structure):
+    _pack_ = 1 if os.uname().machine == 'x86_64' else 0
+    _fields_ = [('events', ctypes.c_uint32), ('data', ctypes.c_uint64)]
+
+
+def candidates(spec):
+    """The ports on which a server of this image.Spec may be meant to listen, the best first.
+
+    Those of EXPOSE, $PORT among them first; without EXPOSE $PORT, and then any port counts.
+    """
+    text = spec.env.get('PORT', '')
+    port = int(text) if text.isascii() and text.isdigit() and 0 < int(text[:6]) < 65536 else None
+    if not spec.ports:
+        return (port or DEFAULT_PORT,)
+    first = port if port in spec.ports else DEFAULT_PORT if DEFAULT_PORT in spec.ports else min(spec.ports)
+    return (first, *(each for each in sorted(spec.ports) if each != first))
+
+
+def cookie(sock):
+    """The number by which the kernel knows a socket, whoever holds it: eight bytes as int."""
+    return struct.unpack('Q', sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))[0]
+
+
+def _ioctl(fd, request, form, *values):
+    """The structure of that form after the kernel had it. Raises OSError."""
+    structure = bytearray(struct.pack(form, *values))
+    fcntl.ioctl(fd, request, structure, True)
+    return structure
+
+
+def process_of(tid):
+    """The process id of a thread; raises OSError when it is gone."""
+    with open(f'/proc/{tid}/status') as file:
+        return int(re.search(r'^Tgid:\s*(\d+)', file.read(), re.MULTILINE)[1])
+
+
+def copy_of(tid, fd):
+    """A descriptor (owned) of the open file that thread `tid` has at `fd`. Raises OSError."""
+    try:
+        pidfd = os.pidfd_open(tid, PIDFD_THREAD)
+    except OSError:  # an older kernel, whose threads share their descriptors but for rare ones
+        pidfd = os.pidfd_open(process_of(tid))
+    try:
+        copy = libc.syscall(PIDFD_GETFD, pidfd, fd, 0)
+        if copy < 0:
+            raise OSError(ctypes.get_errno(), 'pidfd_getfd')
+        os.set_inheritable(copy, False)
+        return copy
+    finally:
+        os.close(pidfd)
+
+
+def socket_of(tid, fd):
+    """The socket (owned) that thread `tid` has at `fd`. Raises OSError."""
+    copy = copy_of(tid, fd)
+    try:
+        return socket.socket(fileno=copy)
+    except BaseException:
+        os.close(copy)
+        raise
+
+
+def flags_of(tid, fd):
+    with open(f'/proc/{tid}/fdinfo/{fd}') as file:
+        return int(re.search(r'flags:\s*(\d+)', file.read())[1], 8)
+
+
+def registrations(tid, fd):
+    """[(epoll descriptor there, events, data)] of the process's epoll instances that watch `fd`."""
+    found = []
+    for number in os.listdir(f'/proc/{tid}/fd'):
+        with contextlib.suppress(OSError):
+            if os.readlink(f'/proc/{tid}/fd/{number}') == 'anon_inode:[eventpoll]':
+                with open(f'/proc/{tid}/fdinfo/{number}') as file:
+                    lines = re.findall(r'tfd:\s*(\d+) events:\s*([0-9a-f]+) data:\s*([0-9a-f]+)', file.read())
+                found += [
+                    (int(number), int(events, 16), int(data, 16)) for target, events, data in lines if int(target) == fd
+                ]
+    return found
+
+
+def move_registrations(found, fd, old, new):
+    """Have the epoll instances (owned copies in `found`) watch the socket `new` at number `fd` in place of `old`.
+
+    Epoll knows what it watches by open file and number, so a thread with a descriptor table of its own puts both there.
+    """
+
+    def work():
+        libc.unshare(CLONE_FILES)
+        kept = {name: os.dup(each) for name, each in (('old', old), ('new', new))}
+        moved = [(fcntl.fcntl(epoll, fcntl.F_DUPFD, fd + 1), events, data) for epoll, events, data in found]
+        for name, operation in (('old', EPOLL_CTL_DEL), ('new', EPOLL_CTL_ADD)):
+            source = fcntl.fcntl(kept[name], fcntl.F_DUPFD, fd + 1)
+            os.dup2(source, fd)
+            for epoll, events, data in moved:
+                libc.epoll_ctl(epoll, operation, fd, ctypes.byref(EpollEvent(events, data)))
+
+    if found:
+        thread = threading.Thread(target=work, name='epoll')
+        thread.start()
+        thread.join()
+
+
+class Original:
+    """A socket of the server's own in whose place it has ours: who, where, and on which port it wanted to listen."""
+
+    def __init__(self, process, fd, sock, port):
+        self.process, self.fd, self.sock, self.port = process, fd, sock, port
+
+
+class Injection:
+    """Answers the listen() calls of one instance with `listener` (borrowed).
+
+    `report(kind, family, port)` is called in the injector's thread: 'injected', or 'inside' for what went on there.
+    """
+
+    def __init__(self, spec, listener, report):
+        self._listener, self._report = listener, report
+        self._candidates, self._any = candidates(spec), not spec.ports
+        self._originals = []
+        self._best = None  # (rank, family) of what was injected, the lower the better
+
+    def enough(self):
+        """Let every listen() go on inside from now on: the instance serves in another way."""
+        self._candidates, self._any = (), False
+
+    def close(self):
+        for original in self._originals:
+            original.sock.close()
+
+    def _rank(self, address, port):
+        """How good a place that is to listen: the lower the better; None for one that does not count."""
+        if port == 0 or _is_loopback(address):
+            return None
+        if port in self._candidates:
+            return self._candidates.index(port)
+        return len(self._candidates) if self._any else None
+
+    def answer(self, notify):
+        """Serve one notification of the seccomp descriptor `notify`."""
+        try:
+            raw = _ioctl(notify, NOTIF_RECV, '80x')
+        except OSError as error:  # who asked is gone
+            if error.errno in (errno.ENOENT, errno.EINTR):
+                return
+            raise
+        # struct seccomp_notif: id, pid, flags, seccomp_data: nr, arch, instruction_pointer, args[6]
+        ident, tid, _, _, _, _, fd, *_ = struct.unpack('QIIiIQ6Q', raw)
+        try:
+            carry_on = not self._injected(notify, ident, tid, fd & 0x7FFFFFFF)
+        except (OSError, TypeError):  # it is gone, or listens on what is no socket: the kernel says it better
+            carry_on = True
+        with contextlib.suppress(OSError):
+            # struct seccomp_notif_resp: id, val, error, flags
+            _ioctl(notify, NOTIF_SEND, 'QqiI', ident, 0, 0, NOTIF_FLAG_CONTINUE if carry_on else 0)
+
+    def _injected(self, notify, ident, tid, fd):
+        """True if the caller has our socket now; False if its listen() is to go on inside."""
+        original = socket_of(tid, fd)
+        try:
+            _ioctl(notify, NOTIF_ID_VALID, 'Q', ident)  # the thread of that number still is the one that asked
+            if original.family not in (socket.AF_INET, socket.AF_INET6) or original.type != socket.SOCK_STREAM:
+                return False
+            if cookie(original) == cookie(self._listener):
+                return True
+            address, port = original.getsockname()[:2]
+            rank = self._rank(address, port)
+            # One that also listens on IPv6 wants its IPv6 clients there.
+            mine = None if rank is None else (rank, original.family != socket.AF_INET6)
+            if mine is None or (self._best is not None and mine > self._best):
+                self._report('inside', original.family, (address, port))
+                return False
+            process = process_of(tid)
+            if self._best is not None and mine < self._best:
+                self._give_back(notify, ident, process)
+            self._put(notify, ident, tid, fd, original, self._listener)
+            self._best = mine
+            if len(self._originals) < MOST_ORIGINALS:
+                self._originals.append(Original(process, fd, original, port))
+                original = None
+            self._report('injected', socket.AF_INET if mine[1] else socket.AF_INET6, (address, port))
+            return True
+        finally:
+            if original:
+                original.close()
+
+    def _give_back(self, notify, ident, process):
+        """Put the process's own sockets, which listen inside from now on, back in the place of ours."""
+        for each in [each for each in self._originals if each.process == process]:
+            self._originals.remove(each)
+            with each.sock, contextlib.suppress(OSError), socket_of(process, each.fd) as there:
+                if cookie(there) == cookie(self._listener):
+                    each.sock.listen(BACKLOG)
+                    self._put(notify, ident, process, each.fd, self._listener, each.sock)
+
+    def _put(self, notify, ident, tid, fd, old, new):
+        """Replace `old`, which thread `tid` has at `fd`, by `new`, as non-blocking and inheritable as the caller's."""
+        flags = flags_of(tid, fd)
+        fcntl.fcntl(new, fcntl.F_SETFL, os.O_RDWR | flags & os.O_NONBLOCK)  # shared by all holders of the open file
+        found = [(copy_of(tid, number), events, data) for number, events, data in registrations(tid, fd)]
+        try:
+            # struct seccomp_notif_addfd: id, flags, srcfd, newfd, newfd_flags
+            number = new.fileno()
+            _ioctl(notify, NOTIF_ADDFD, 'QIIII', ident, ADDFD_FLAG_SETFD, number, fd, flags & os.O_CLOEXEC)
+            move_registrations(found, fd, old.fileno(), number)
+        finally:
+            for epoll, _, _ in found:
+                os.close(epoll)
+
+
+def _is_loopback(address):
+    parsed = ipaddress.ip_address(address.partition('%')[0])
+    return (getattr(parsed, 'ipv4_mapped', None) or parsed).is_loopback
+
+
+class Injector:
+    """One thread that answers for all instances of a server."""
+
+    def __init__(self):
+        self._epoll, self._watched = select.epoll(), {}  # fd → (owner of the descriptor, Injection, what to do)
+        self._lock = threading.Lock()
+        threading.Thread(target=self._run, name='injector', daemon=True).start()
+
+    def add(self, notifier, injection):
+        """Answer by `injection` what comes from the containers that connect to `notifier` (both borrowed)."""
+        self._watch(notifier, injection, self._accept)
+
+    def remove(self, injection):
+        """Answer no more for an instance that has ended; its descriptors are closed."""
+        with self._lock:
+            for fd, (owner, its, do) in list(self._watched.items()):
+                if its is injection:
+                    del self._watched[fd]
+                    self._epoll.unregister(fd)
+                    if do == self._answer:
+                        os.close(owner)
+            injection.close()
+
+    def _watch(self, owner, injection, do):
+        fd = owner if isinstance(owner, int) else owner.fileno()
+        with self._lock:
+            self._watched[fd] = owner, injection, do
+            self._epoll.register(fd, select.EPOLLIN)
+
+    def _run(self):
+        while True:
+            for fd, events in self._epoll.poll():
+                with self._lock:
+                    if fd not in self._watched:
+                        continue
+                    owner, injection, do = self._watched[fd]
+                    try:
+                        if events & select.EPOLLIN:
+                            do(owner, injection)
+                        else:  # every process that it was for has ended
+                            self._drop(fd, owner)
+                    except OSError:
+                        if do == self._answer:
+                            self._drop(fd, owner)
+                    except Exception:
+                        traceback.print_exc()
+
+    def _drop(self, fd, owner):
+        del self._watched[fd]
+        self._epoll.unregister(fd)
+        os.close(owner)
+
+    def _accept(self, notifier, injection):
+        """The OCI runtime brings a notification descriptor: at the start, and for each `runc exec`."""
+        connection, _ = notifier.accept()
+        with connection:
+            connection.settimeout(1)
+            fds = array.array('i')
+            _, ancillary, _, _ = connection.recvmsg(MOST_STATE, socket.CMSG_SPACE(4 * 4), socket.MSG_CMSG_CLOEXEC)
+            for level, kind, data in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+        for fd in fds:
+            self._watched[fd] = fd, injection, self._answer
+            self._epoll.register(fd, select.EPOLLIN)
+
+    @staticmethod
+    def _answer(notify, injection):
+        injection.answer(notify)

@@ -1,0 +1,158 @@
+"""The root file system of an image's instance: its layers, read-only, and over them a writable layer in memory.
+
+All of it is mounted in a mount namespace that the OCI runtime inherits: the host's has nothing of it, and when the
+container ends it is gone.
+"""
+
+import ctypes
+import os
+import re
+import stat
+import struct
+import threading
+
+# Numbers of the system calls, the same on every architecture since Linux 5.1, and of linux/mount.h.
+OPEN_TREE, MOVE_MOUNT, OPENAT2, MOUNT_SETATTR = 428, 429, 437, 442
+AT_FDCWD, AT_EMPTY_PATH = -100, 0x1000
+OPEN_TREE_CLONE, MOVE_MOUNT_F_EMPTY_PATH = 1, 4
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_IDMAP = 1, 2, 4, 0x100000
+MS_REC, MS_PRIVATE, MS_NOSUID, MS_NODEV = 0x4000, 1 << 18, 2, 4
+CLONE_NEWNS = 0x20000
+RESOLVE_IN_ROOT = 0x10
+
+MOST_INODES = 65536  # of the writable layer
+MOST_ACCOUNTS = 1 << 20  # bytes of an image's /etc/passwd or /etc/group
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class NoUser(Exception):
+    """The image has no such user or group."""
+
+
+def _checked(result, what):
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, f'{what}: {os.strerror(number)}')
+    return result
+
+
+def apart(function):
+    """What function() returns, called in a thread with a mount namespace and a working directory of its own."""
+    answer = []
+
+    def run():
+        try:
+            _checked(libc.unshare(CLONE_NEWNS), 'unshare')
+            _checked(libc.mount(None, b'/', None, MS_REC | MS_PRIVATE, None), 'mount')
+            answer.append((function(), None))
+        except BaseException as error:
+            answer.append((None, error))
+
+    thread = threading.Thread(target=run, name='rootfs')
+    thread.start()
+    thread.join()
+    ((value, error),) = answer
+    if error:
+        raise error
+    return value
+
+
+def mount(where, layers, ids, size, owner):
+    """Lay out the root file system below the folder `where` and return its path. For `apart`.
+
+    `layers` are the folders of the image's layers, the bottom one first; `ids` (borrowed) is the user namespace that
+    maps their owners to the instance's; `owner` is the host's id of the instance's root; `size` is the most that the
+    instance can write, in bytes.
+    """
+    os.chdir(where)
+    options = f'mode=755,size={size},nr_inodes={MOST_INODES}'
+    _checked(libc.mount(b'tmpfs', b'.', b'tmpfs', MS_NOSUID | MS_NODEV, options.encode()), 'mount')
+    os.chdir(where)  # onto what is mounted there now
+    for folder in ('layers', 'upper', 'work', 'root'):
+        os.mkdir(folder)
+    # The options of an overlay end at a page, so the names are short. A layer that is there twice counts where it is
+    # last.
+    layers = list(dict.fromkeys(reversed(layers)))
+    for number, layer in enumerate(layers):
+        os.mkdir(f'layers/{number}')
+        _map(layer, f'layers/{number}', ids)
+    os.chmod('upper', stat.S_IMODE(os.stat('layers/0').st_mode))
+    os.chown('upper', owner, owner)
+    os.symlink('run/faas/control.sock', 'upper/control.sock')
+    os.chdir('layers')
+    options = (
+        f'lowerdir={":".join(map(str, range(len(layers))))},upperdir=../upper,workdir=../work'
+        ',redirect_dir=nofollow,metacopy=off,index=off,xino=off'
+    )
+    _checked(libc.mount(b'overlay', b'../root', b'overlay', MS_NODEV, options.encode()), 'mount of the layers')
+    return os.path.join(where, 'root')
+
+
+def _map(layer, where, ids):
+    """Show the folder `layer` at `where`, read-only, its owners mapped by the user namespace `ids`."""
+    tree = _checked(
+        libc.syscall(OPEN_TREE, AT_FDCWD, os.fsencode(layer), OPEN_TREE_CLONE | os.O_CLOEXEC), 'open_tree'
+    )
+    try:
+        # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
+        attributes = struct.pack('QQQQ', MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV | MOUNT_ATTR_IDMAP, 0, MS_PRIVATE, ids)
+        _checked(
+            libc.syscall(MOUNT_SETATTR, tree, b'', AT_EMPTY_PATH, attributes, len(attributes)),
+            f'the file system of {os.path.dirname(layer)} cannot map ids (ext4, xfs and btrfs can)',
+        )
+        _checked(
+            libc.syscall(MOVE_MOUNT, tree, b'', AT_FDCWD, where.encode(), MOVE_MOUNT_F_EMPTY_PATH), 'move_mount'
+        )
+    finally:
+        os.close(tree)
+
+
+def read_within(root, path):
+    """The lines of the text file `path` of a strange tree, whose links lead nowhere but into it; [] without one."""
+    top = os.open(root, os.O_PATH | os.O_CLOEXEC)
+    try:
+        # struct open_how of linux/openat2.h: flags, mode, resolve
+        how = struct.pack('QQQ', os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0, RESOLVE_IN_ROOT)
+        fd = libc.syscall(OPENAT2, top, path.encode(), how, len(how))
+    finally:
+        os.close(top)
+    if fd == -1:
+        return []
+    with open(fd, 'rb') as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return []
+        return file.read(MOST_ACCOUNTS).decode(errors='replace').splitlines()
+
+
+def find_user(root, user):
+    """({'uid', 'gid', 'additionalGids'}, home) for the USER of an image: name or number, maybe with :group.
+
+    As in the OCI image specification, config.md. Raises NoUser.
+    """
+    wanted, _, wanted_group = user.partition(':')
+    accounts = [line.split(':') for line in read_within(root, 'etc/passwd')]
+    groups = [line.split(':') for line in read_within(root, 'etc/group')]
+    wanted = wanted or '0'
+    entry = next((each for each in accounts if len(each) >= 6 and wanted in (each[0], each[2])), None)
+    if entry is None and not wanted.isdecimal():
+        raise NoUser(f"the image's user {wanted!r} is not in its /etc/passwd")
+    uid = _number(entry[2] if entry else wanted)
+    gid = _number(entry[3]) if entry else 0
+    more = []
+    if wanted_group:
+        found = next((each for each in groups if len(each) >= 3 and wanted_group in (each[0], each[2])), None)
+        if found is None and not wanted_group.isdecimal():
+            raise NoUser(f"the image's group {wanted_group!r} is not in its /etc/group")
+        gid = _number(found[2] if found else wanted_group)
+    elif entry:
+        more = [_number(each[2]) for each in groups if len(each) >= 4 and entry[0] in each[3].split(',')]
+    return {'uid': uid, 'gid': gid, 'additionalGids': more}, (entry[5] if entry else '') or '/'
+
+
+def _number(text):
+    if not re.fullmatch('[0-9]{1,5}', text, re.ASCII) or int(text) > 65535:
+        raise NoUser(f"the image's user or group has the number {text!r}, and 65535 is the greatest")
+    return int(text)
+
+

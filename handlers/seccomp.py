@@ -1,0 +1,130 @@
+"""The seccomp filters of containers (linux.seccomp of the OCI runtime specification, 1.0.2)."""
+
+import platform
+
+# A passed socket is of the host's network, and its ioctl requests 0x8900 to 0x89ff list and change interfaces. The
+# kernel compares 64 bits but the request is the low 32: MASKED_EQ looks at those alone. The rest is what containers are
+# commonly refused: ways to more kernel.
+# fmt: off
+REFUSED_SYSCALLS = (
+    'acct', 'add_key', 'bpf', 'clock_adjtime', 'clock_settime', 'create_module', 'delete_module', 'finit_module',
+    'fsconfig', 'fsmount', 'fsopen', 'fspick', 'get_mempolicy', 'init_module', 'io_uring_enter',
+    'io_uring_register', 'io_uring_setup', 'ioperm', 'iopl', 'kcmp', 'kexec_file_load', 'kexec_load', 'keyctl',
+    'lookup_dcookie', 'mbind', 'migrate_pages', 'mount', 'mount_setattr', 'move_mount', 'move_pages',
+    'name_to_handle_at', 'nfsservctl', 'open_by_handle_at', 'open_tree', 'perf_event_open', 'pivot_root',
+    'process_vm_readv', 'process_vm_writev', 'ptrace', 'query_module', 'quotactl', 'reboot', 'request_key',
+    'set_mempolicy', 'setns', 'settimeofday', 'stime', 'swapoff', 'swapon', 'syslog', 'sysfs', 'umount', 'umount2',
+    'unshare', 'uselib', 'userfaultfd', 'ustat', 'vhangup', 'vm86', 'vm86old',
+)
+# fmt: on
+CLONE_NEW = 0x7E020000  # CLONE_NEWNS NEWCGROUP NEWUTS NEWIPC NEWUSER NEWPID NEWNET
+EPERM, ENOSYS, EAFNOSUPPORT = 1, 38, 97
+# The network namespace does not confine each family (AF_VSOCK leads to a hypervisor). The upper half of the register,
+# which the kernel ignores, is above the greatest good one.
+AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16
+REFUSED_FAMILIES = [
+    ('SCMP_CMP_GT', AF_NETLINK),
+    *(('SCMP_CMP_EQ', family) for family in range(AF_NETLINK) if family not in (AF_UNIX, AF_INET, AF_INET6)),
+]
+
+
+def refuse(*names, errno=EPERM, **argument):
+    rule = {'names': names, 'action': 'SCMP_ACT_ERRNO', 'errnoRet': errno}
+    return rule | ({'args': [argument]} if argument else {})
+
+
+# What Docker's default profile allows a container without capabilities (moby, profiles/seccomp), but for `clone`,
+# `ioctl`, `personality` and `socket`, whose arguments are looked at, and `listen`.
+ALLOWED_SYSCALLS = """
+    _llseek _newselect accept accept4 access adjtimex alarm arch_prctl bind brk cacheflush cachestat capget capset
+    chdir chmod chown chown32 chroot clock_adjtime64 clock_getres clock_getres_time64 clock_gettime clock_gettime64
+    clock_nanosleep clock_nanosleep_time64 close close_range connect copy_file_range creat dup dup2 dup3
+    epoll_create epoll_create1 epoll_ctl epoll_ctl_old epoll_pwait epoll_pwait2 epoll_wait epoll_wait_old eventfd
+    eventfd2 execve execveat exit exit_group faccessat faccessat2 fadvise64 fadvise64_64 fallocate fanotify_mark
+    fchdir fchmod fchmodat fchmodat2 fchown fchown32 fchownat fcntl fcntl64 fdatasync fgetxattr flistxattr flock
+    fork fremovexattr fsetxattr fstat fstat64 fstatat64 fstatfs fstatfs64 fsync ftruncate ftruncate64 futex
+    futex_time64 futex_waitv futimesat get_robust_list get_thread_area getcpu getcwd getdents getdents64 getegid
+    getegid32 geteuid geteuid32 getgid getgid32 getgroups getgroups32 getitimer getpeername getpgid getpgrp getpid
+    getppid getpriority getrandom getresgid getresgid32 getresuid getresuid32 getrlimit getrusage getsid getsockname
+    getsockopt gettid gettimeofday getuid getuid32 getxattr inotify_add_watch inotify_init inotify_init1
+    inotify_rm_watch io_cancel io_destroy io_getevents io_setup io_submit ioprio_get ioprio_set ipc kill
+    landlock_add_rule landlock_create_ruleset landlock_restrict_self lchown lchown32 lgetxattr link linkat listxattr
+    llistxattr lremovexattr lseek lsetxattr lstat lstat64 madvise membarrier memfd_create memfd_secret mincore mkdir
+    mkdirat mknod mknodat mlock mlock2 mlockall mmap mmap2 modify_ldt mprotect mq_getsetattr mq_notify mq_open
+    mq_timedreceive mq_timedreceive_time64 mq_timedsend mq_timedsend_time64 mq_unlink mremap msgctl msgget msgrcv
+    msgsnd msync munlock munlockall munmap name_to_handle_at nanosleep newfstatat open openat openat2 pause
+    pidfd_getfd pidfd_open pidfd_send_signal pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll ppoll_time64
+    prctl pread64 preadv preadv2 prlimit64 process_mrelease process_vm_readv process_vm_writev pselect6
+    pselect6_time64 ptrace pwrite64 pwritev pwritev2 read readahead readdir readlink readlinkat readv recv recvfrom
+    recvmmsg recvmmsg_time64 recvmsg remap_file_pages removexattr rename renameat renameat2 restart_syscall rmdir
+    rseq rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait
+    rt_sigtimedwait_time64 rt_tgsigqueueinfo sched_get_priority_max sched_get_priority_min sched_getaffinity
+    sched_getattr sched_getparam sched_getscheduler sched_rr_get_interval sched_rr_get_interval_time64
+    sched_setaffinity sched_setattr sched_setparam sched_setscheduler sched_yield seccomp select semctl semget semop
+    semtimedop semtimedop_time64 send sendfile sendfile64 sendmmsg sendmsg sendto set_robust_list set_thread_area
+    set_tid_address set_tls setfsgid setfsgid32 setfsuid setfsuid32 setgid setgid32 setgroups setgroups32 setitimer
+    setpgid setpriority setregid setregid32 setresgid setresgid32 setresuid setresuid32 setreuid setreuid32
+    setrlimit setsid setsockopt setuid setuid32 setxattr shmat shmctl shmdt shmget shutdown sigaction sigaltstack
+    signal signalfd signalfd4 sigpending sigprocmask sigreturn sigsuspend socketpair splice stat stat64 statfs
+    statfs64 statx symlink symlinkat sync sync_file_range sync_file_range2 syncfs syscall sysinfo tee tgkill time
+    timer_create timer_delete timer_getoverrun timer_gettime timer_gettime64 timer_settime timer_settime64 timerfd
+    timerfd_create timerfd_gettime timerfd_gettime64 timerfd_settime timerfd_settime64 times tkill truncate
+    truncate64 ugetrlimit umask uname unlink unlinkat utime utimensat utimensat_time64 utimes vfork vmsplice wait4
+    waitid waitpid write writev
+""".split()  # noqa: SIM905
+PERSONALITIES = (0, 8, 0x20000, 0x20008, 0xFFFFFFFF)
+
+
+def allow(*names, **argument):
+    return {'names': names, 'action': 'SCMP_ACT_ALLOW'} | ({'args': [argument]} if argument else {})
+
+
+def masked(index, mask, value):
+    """The condition that argument `index` has `value` in the bits of `mask`."""
+    return {'index': index, 'value': mask, 'valueTwo': value, 'op': 'SCMP_CMP_MASKED_EQ'}
+
+
+def _filter(action, rules, errno=None):
+    architecture = {'x86_64': 'SCMP_ARCH_X86_64', 'aarch64': 'SCMP_ARCH_AARCH64'}
+    return {
+        'defaultAction': action,
+        **({'defaultErrnoRet': errno} if errno else {}),
+        'architectures': [architecture.get(platform.machine(), 'SCMP_ARCH_NATIVE')],
+        'syscalls': rules,
+    }
+
+
+def notifying(profile, path, metadata):
+    """The filter with `listen` put before the listener at the unix socket `path`, which learns `metadata` with it."""
+    asked = {'names': ['listen'], 'action': 'SCMP_ACT_NOTIFY'}
+    return profile | {'syscalls': [*profile['syscalls'], asked], 'listenerPath': path, 'listenerMetadata': metadata}
+
+
+# Of folders: what containers are commonly refused, and all else.
+FOLDER = _filter(
+    'SCMP_ACT_ALLOW',
+    [
+        refuse('ioctl', **masked(1, 0xFFFFFF00, 0x8900)),
+        *(refuse('socket', errno=EAFNOSUPPORT, index=0, value=family, op=op) for op, family in REFUSED_FAMILIES),
+        *(refuse('clone', **masked(0, 1 << bit, 1 << bit)) for bit in range(32) if CLONE_NEW >> bit & 1),
+        refuse('clone3', errno=ENOSYS),  # its flags are behind a pointer; libc falls back to clone
+        refuse(*REFUSED_SYSCALLS),
+    ],
+)
+# Of images: what Docker allows, and nothing else. An ioctl request outside 0x8900 to 0x89ff differs in one of the bits
+# 8 to 31: a rule for each.
+IMAGE = _filter(
+    'SCMP_ACT_ERRNO',
+    [
+        allow(*ALLOWED_SYSCALLS),
+        *(allow('ioctl', **masked(1, 1 << bit, ~0x8900 & 1 << bit)) for bit in range(8, 32)),
+        *(
+            allow('socket', **masked(0, 0xFFFFFFFF, family))
+            for family in (AF_UNIX, AF_INET, AF_INET6, AF_NETLINK)
+        ),
+        allow('clone', **masked(0, CLONE_NEW, 0)),
+        *(allow('personality', **masked(0, 0xFFFFFFFF, value)) for value in PERSONALITIES),
+        refuse('clone3', errno=ENOSYS),
+    ],
+    EPERM,
+)

@@ -1,0 +1,380 @@
+"""Servers that know nothing of faasd: what their listen() is answered with, and who gets the connections."""
+
+import concurrent.futures
+import contextlib
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import threading
+import time
+import unittest
+
+from handlers import container, image, injection, listener, pool, sock_diag
+from handlers.loop import Loop
+from tests import inside, lab
+
+ADDRESS = 'fd00:faa5:1::a'
+MARK = 0xFAA5
+
+# A server that answers each connection with `text` and the client's address. Its ways of listening vary.
+SERVER = """
+import os, select, signal, socket, sys, threading, time
+text = {text!r}
+def listen(family=socket.AF_INET6, where='::', port=80, backlog=16, **options):
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    sock.bind((where, port))
+    if backlog:
+        sock.listen(backlog)
+    return sock
+def answer(connection):
+    with connection:
+        connection.recv(4096)
+        said = f'{{text}} {{connection.getpeername()[0]}}'.encode()
+        connection.sendall(b'HTTP/1.1 200 OK\\r\\nConnection: close\\r\\nContent-Length: %d\\r\\n\\r\\n%s' % (len(said), said))
+def serve(sock):
+    while True:
+        answer(sock.accept()[0])
+def serve_epoll(sock, epoll):
+    while True:
+        for fd, events in epoll.poll():
+            assert not events & select.EPOLLHUP, 'it hangs up'
+            try:
+                answer(sock.accept()[0])
+            except BlockingIOError:
+                pass
+{how}
+"""
+
+
+class Function:
+    """A pool with a real front at ADDRESS, as FaaSServer has it, in a host."""
+
+    def __init__(self, stack, start_timeout_s=5, **around):
+        self.events, self.stack = [], stack
+        self.folder = pathlib.Path(f'/var/lib/functions/{os.urandom(4).hex()}')
+        self.folder.mkdir(parents=True)
+        os.system(f'ip -6 address replace {ADDRESS}/128 dev lo nodad')
+        self.loop = Loop()
+        stack.callback(self.loop.stop)
+        workers = stack.enter_context(concurrent.futures.ThreadPoolExecutor(4))
+        self.containers = stack.enter_context(inside.containers())
+        self.around = pool.Surroundings(
+            self.loop,
+            self.containers,
+            container.LogCopier(),
+            workers,
+            lambda area, text, **more: self.events.append(text),
+            start_timeout_s,
+            injection.Injector(),
+            shutil.rmtree,
+            **{'stop_timeout_s': 2, **around},
+        )
+        self.pool = pool.Pool('test', container.Log(str(self.folder / 'log')), self.around)
+        self.front = self.pool.front = listener.Front(ADDRESS, MARK)
+        stack.callback(lambda: self.loop.wait(self.front.close))
+        stack.callback(lambda: self.pool.close(0).result(20))
+        self.watched, self._ended = None, threading.Event()
+        self.pool.gate = self.gate
+        self.loop.call(self.gate, True)
+        looker = threading.Thread(target=self.look)
+        looker.start()
+        stack.callback(looker.join)
+        stack.callback(self._ended.set)
+
+    def look(self):
+        while not self._ended.wait(0.2):
+            now, counts = time.monotonic(), {}
+            for (_, uid), number in sock_diag.open_connections('fd00:faa5:1::/48', 80).items():
+                counts[uid] = number
+            self.loop.call(self.pool.look, counts, now)
+
+    def gate(self, is_open):
+        fd = self.front.sock.fileno() if is_open else None
+        if self.watched not in (None, fd):
+            self.loop.unwatch(self.watched)
+            self.watched = None
+        if fd is not None and self.watched is None:
+            self.watched = fd
+            self.loop.watch(fd, self.accept)
+
+    def accept(self):
+        if self.pool.take():
+            with contextlib.suppress(BlockingIOError):
+                self.pool.dispatch(self.front.sock.accept()[0])
+
+    def revision(self, number, how, text=None, ports=(), **more):
+        tree = self.folder / str(number)
+        tree.mkdir()
+        (tree / 'server.py').write_text(SERVER.format(how=how, text=text or f'revision {number}'))
+        spec = image.Spec('command', ('/usr/bin/python3', '-u', 'server.py'), {}, '/function', ports=ports, **more)
+        return pool.Revision(number, str(tree), spec, str(tree))
+
+    def deploy(self, number, *args, **more):
+        instance = self.pool.start(self.revision(number, *args, **more))
+        self.pool.switch(instance)
+        return instance
+
+    def ask(self, timeout_s=10):
+        with socket.create_connection((ADDRESS, 80), timeout=timeout_s) as client:
+            client.sendall(b'GET / HTTP/1.0\r\n\r\n')
+            return inside.read_all(client).partition(b'\r\n\r\n')[2].decode()
+
+
+class Serving(inside.InHost):
+    ANSWER = f'revision 1 {ADDRESS}'
+
+    def serves(self, how, expected=ANSWER, **more):
+        function = Function(self.stack)
+        instance = function.deploy(1, how, **more)
+        for _ in range(5):
+            self.assertTrue(function.ask().startswith(expected), function.pool.log.last(20))
+        return function, instance
+
+    @inside.inside
+    def test_one_that_listens_is_given_our_listener(self):
+        function, instance = self.serves('serve(listen())')
+        self.assertEqual(('port 80', None), (instance.kind, instance.warning))
+        self.assertEqual(('running', None), function.pool.status())
+
+    @inside.inside
+    def test_threads_that_call(self):
+        self.serves('threading.Thread(target=lambda: serve(listen())).start()')
+
+    @inside.inside
+    def test_a_repeated_listen(self):
+        self.serves('sock = listen(); sock.listen(5); sock.listen(10); serve(sock)')
+
+    @inside.inside
+    def test_epoll_registered_before_listen(self):
+        self.serves(
+            'sock = listen(backlog=0); sock.setblocking(False); epoll = select.epoll()\n'
+            'epoll.register(sock, select.EPOLLIN); sock.listen(5); serve_epoll(sock, epoll)'
+        )
+
+    @inside.inside
+    def test_nonblocking_and_inheritable_are_kept(self):
+        for blocking in (True, False):
+            for inheritable in (True, False):
+                with self.subTest(blocking=blocking, inheritable=inheritable), contextlib.ExitStack() as self.stack:
+                    self.serves(
+                        f'sock = listen(backlog=0); sock.setblocking({blocking}); sock.set_inheritable({inheritable})\n'
+                        'sock.listen(5)\nimport fcntl\n'
+                        f'assert fcntl.fcntl(sock, fcntl.F_GETFL) & os.O_NONBLOCK == {0 if blocking else "os.O_NONBLOCK"}\n'
+                        f'assert sock.get_inheritable() == {inheritable}\n'
+                        'sock.setblocking(True); serve(sock)'
+                    )
+
+    @inside.inside
+    def test_both_families_in_one_process_in_either_order(self):
+        for first, second in (('AF_INET, "0.0.0.0"', 'AF_INET6, "::"'), ('AF_INET6, "::"', 'AF_INET, "0.0.0.0"')):
+            with self.subTest(first), contextlib.ExitStack() as self.stack:
+                _, instance = self.serves(
+                    f'socks = [listen(socket.{first}), listen(socket.{second})]\nepoll = select.epoll()\n'
+                    'four = next(s for s in socks if s.family == socket.AF_INET)\n'
+                    'six = next(s for s in socks if s is not four)\n'
+                    'assert four.getsockname() == ("0.0.0.0", 80), four.getsockname()\n'
+                    'threading.Thread(target=serve, args=(four,), daemon=True).start()\n'
+                    'with socket.create_connection(("127.0.0.1", 80)) as client:\n'
+                    '    client.sendall(b"x"); assert client.recv(100), "not given back"\n'
+                    'serve(six)'
+                )
+                self.assertIsNone(instance.warning)
+
+    @inside.inside
+    def test_children_that_accept_and_children_that_listen(self):
+        self.serves('sock = listen()\nfor _ in range(3): os.fork()\nserve(sock)')
+        with contextlib.ExitStack() as self.stack:
+            self.serves('sock = listen(backlog=0)\nfor _ in range(2): os.fork()\nsock.listen(5)\nserve(sock)')
+
+    @inside.inside
+    def test_ipv4_alone_works_and_is_warned_of(self):
+        _, instance = self.serves('serve(listen(socket.AF_INET, "0.0.0.0"))', 'revision 1 ')
+        self.assertIn('IPv4', instance.warning)
+        self.assertIn('[::]', instance.hint)
+
+    def refuses(self, how, pattern, hint=None, **more):
+        function = Function(self.stack, start_timeout_s=1.5)
+        with self.assertRaisesRegex(pool.StartFailed, pattern) as caught:
+            function.pool.start(function.revision(1, how, **more))
+        if hint:
+            self.assertIn(hint, caught.exception.hint)
+        lab.wait_until(lambda: not function.pool._instances, 10, 'its end')
+        return caught.exception
+
+    @inside.inside
+    def test_ipv4_alone_that_closes_on_ipv6_clients_is_refused(self):
+        self.refuses(
+            'sock = listen(socket.AF_INET, "0.0.0.0")\nwhile True: sock.accept()[0].close()', 'IPv4 alone', 'listen on [::]'
+        )
+
+    @inside.inside
+    def test_one_that_never_listens_is_refused_with_its_log(self):
+        error = self.refuses('print("here I am"); time.sleep(60)', r'not ready within 1.5 s \(FAAS_START_TIMEOUT\)')
+        self.assertEqual(['here I am'], error.log)
+
+    @inside.inside
+    def test_one_that_ends_is_refused(self):
+        self.refuses('sys.exit(3)', 'ended with exit code 3')
+
+    @inside.inside
+    def test_loopback_does_not_count(self):
+        self.refuses('serve(listen(where="::1", port=5000))', '::1 port 5000 only', 'listen on [::], port 80')
+
+    @inside.inside
+    def test_a_port_that_is_not_exposed_does_not_count(self):
+        self.refuses('serve(listen(port=3000))', ':: port 3000 only', 'port 8080', ports=(8080,))
+
+    @inside.inside
+    def test_which_port_counts(self):
+        self.serves('serve(listen(port=5000))')
+        for how, more in (
+            ('other = listen(port=9090); serve(listen(port=80))', {}),
+            ('other = listen(port=9090); serve(listen(port=8080))', {'ports': (8080,)}),
+            ('assert os.environ["PORT"] == "8080"; serve(listen(port=8080))', {'ports': (8080,)}),
+            ('serve(listen(port=int(os.environ["PORT"])))', {}),
+        ):
+            with self.subTest(how), contextlib.ExitStack() as self.stack:
+                self.serves(how, **more)
+
+    @inside.inside
+    def test_unix_sockets_and_others_go_on_inside(self):
+        self.serves(
+            'path = "/tmp/s"; unix = socket.socket(socket.AF_UNIX); unix.bind(path); unix.listen()\n'
+            'def echo():\n    while True: unix.accept()[0].sendall(b"unix")\n'
+            'threading.Thread(target=echo, daemon=True).start()\n'
+            'with socket.socket(socket.AF_UNIX) as c: c.connect(path); assert c.recv(9) == b"unix"\n'
+            'try: os.close(os.dup(0)); socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).listen()\n'
+            'except OSError as error: assert error.errno == 95, error\n'
+            'else: raise AssertionError\n'
+            'serve(listen())'
+        )
+
+    @inside.inside
+    def test_it_asks_for_connections_at_the_control_socket(self):
+        function, instance = self.serves(
+            'import array\nwhile True:\n'
+            '    with socket.socket(socket.AF_UNIX) as control:\n'
+            '        control.connect("/control.sock")\n'
+            '        _, ancillary, _, _ = control.recvmsg(1024, socket.CMSG_LEN(4))\n'
+            '    answer(socket.socket(fileno=array.array("i", ancillary[0][2])[0]))'
+        )
+        self.assertEqual('/control.sock', instance.kind)
+
+    @inside.inside
+    def test_one_connection_for_each_process(self):
+        function, instance = self.serves(
+            'import array\nwith socket.socket(socket.AF_UNIX) as control:\n'
+            '    control.connect("/control.sock")\n'
+            '    _, ancillary, _, _ = control.recvmsg(1024, socket.CMSG_LEN(4))\n'
+            'answer(socket.socket(fileno=array.array("i", ancillary[0][2])[0]))'
+        )
+        self.assertEqual([], function.events)
+
+    @inside.inside
+    def test_a_listener_that_was_shut_down_is_revived(self):
+        function, _ = self.serves(
+            'sock = listen()\nwhile True:\n'
+            '    try: answer(sock.accept()[0])\n'
+            '    except OSError: time.sleep(0.05)\n'
+            '    if os.path.exists("/function/shut"):\n'
+            '        sock.shutdown(2)\n'
+            '        while os.path.exists("/function/shut"): time.sleep(0.01)\n'
+        )
+        shut = function.folder / '1' / 'shut'
+        shut.touch()
+        function.ask()
+        lab.wait_until(lambda: not listener.listens(function.front.sock), 5, 'the shutdown')
+        shut.unlink()
+        lab.wait_until(lambda: listener.listens(function.front.sock), 5, 'its revival')
+        self.assertEqual(self.ANSWER, function.ask())
+
+
+class Turns(inside.InHost):
+    @inside.inside
+    def test_what_waits_at_one_that_is_killed_is_served_by_the_next(self):
+        function = Function(self.stack)
+        instance = function.deploy(
+            1, 'sock = listen()\nwhile not os.path.exists("/function/go"): time.sleep(0.01)\nserve(sock)'
+        )
+        with concurrent.futures.ThreadPoolExecutor(20) as clients:
+            answers = [clients.submit(function.ask) for _ in range(20)]
+            lab.wait_until(lambda: listener.queued(function.front.sock) == 20, 5, 'the queue')
+            (function.folder / '1' / 'go').touch()
+            os.kill(instance._container.pid, signal.SIGKILL)
+            answers = [each.result(20) for each in answers]
+        served = [each for each in answers if each == f'revision 1 {ADDRESS}']
+        self.assertGreaterEqual(len(served), 19)  # one may have been accepted when the end came
+
+    @inside.inside
+    def test_redeploys_under_load_lose_nothing(self):
+        function = Function(self.stack)
+        function.deploy(1, 'serve(listen())')
+        failed, asked, going = [], [], threading.Event()
+
+        def load():
+            while not going.is_set():
+                try:
+                    asked.append(function.ask())
+                except OSError as error:
+                    failed.append(error)
+
+        threads = [threading.Thread(target=load) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for number in range(2, 7):
+            function.deploy(number, 'serve(listen())')
+            lab.wait_until(lambda number=number: function.ask().startswith(f'revision {number}'), 5, 'the new one')
+        going.set()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(([], 0), (failed, asked.count('')))
+        self.assertGreater(len(asked), 100)
+        lab.wait_until(lambda: len(function.pool._instances) == 1, 20, 'the former ones to end')
+        self.assertEqual(1, len(function.front._order))
+
+    @inside.inside
+    def test_an_idle_one_is_stopped_and_the_next_connection_starts_one(self):
+        function = Function(self.stack, idle_timeout_s=0.5)
+        function.deploy(1, 'signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); serve(listen())')
+        lab.wait_until(lambda: function.pool.status() == ('idle', None), 10, 'its rest')
+        lab.wait_until(lambda: not function.pool._instances, 10, 'its end')
+        self.assertEqual(f'revision 1 {ADDRESS}', function.ask())
+        self.assertEqual(('running', None), function.pool.status())
+
+    @inside.inside
+    def test_from_one_way_to_serve_to_the_other(self):
+        function = Function(self.stack)
+        function.deploy(1, 'serve(listen())')
+        tree = function.folder / '2'
+        tree.mkdir()
+        (tree / 'handler.py').write_text(
+            'def handle(connection, address):\n'
+            '    connection.recv(999)\n'
+            '    connection.sendall(b"HTTP/1.0 200 OK\\r\\n\\r\\nhandler")\n'
+        )
+        function.pool.switch(function.pool.start(pool.Revision(2, str(tree), inside.SPEC, str(tree))))
+        self.assertEqual(['handler'] * 3, [function.ask() for _ in range(3)])
+        lab.wait_until(lambda: len(function.pool._instances) == 1, 20, 'the end of the former')
+        function.deploy(3, 'serve(listen())')
+        self.assertEqual([f'revision 3 {ADDRESS}'] * 3, [function.ask() for _ in range(3)])
+
+
+class Candidates(unittest.TestCase):
+    def test_expose_then_port_then_80(self):
+        for ports, env, expected in (
+            ((), {}, (80,)),
+            ((), {'PORT': '3000'}, (3000,)),
+            ((), {'PORT': 'many'}, (80,)),
+            ((), {'PORT': '70000'}, (80,)),
+            ((8080,), {}, (8080,)),
+            ((443, 80), {}, (80, 443)),
+            ((5000, 3000), {'PORT': '5000'}, (5000, 3000)),
+            ((5000, 3000), {'PORT': '80'}, (3000, 5000)),
+        ):
+            with self.subTest(ports=ports, env=env):
+                self.assertEqual(expected, injection.candidates(image.Spec(env=env, ports=ports)))
