@@ -1,43 +1,30 @@
-"""Source folder → a revision on disk, unpacked by a process without privileges in a root directory of its own.
+"""What was uploaded → a revision on disk: a source folder, or an image whose layers are stored once.
 
-Run as a program it is that process: archive on stdin, the empty target folder as its argument.
+A revision is `functions/ID/REVISION/` with its spec.json, and a folder's files in tree/. Images share
+`layers/SHA256/`, named by what a layer unpacks to. Layers lie there as they are mounted: with their owners' ids moved
+up by id_base, which are nobody's on this machine, and with overlayfs's marks (mount option userxattr) for what they
+take away.
 """
 
+import collections
 import contextlib
 import errno
+import json
 import os
-import pathlib
+import re
 import shutil
-import sys
-import tarfile
+import signal
 import tempfile
+import threading
+from typing import NamedTuple
 
-MOST_ENTRIES = 20_000
-MOST_DEPTH = 32
+import shell
+from handlers.archive import MOST_LAYERS, ImageError
+
 NOBODY = 65534
-CHUNK = 1 << 18
-WORKER_CPU_S, WORKER_MEMORY = 120, 1 << 30
-
-
-class Spec(__import__('typing').NamedTuple):
-    kind: str = 'handler'
-    args: tuple = ()
-    env: dict = {}
-    cwd: str = '/'
-    user: str = ''
-    ports: tuple = ()
-    stop_signal: str = 'SIGTERM'
-    layers: tuple = ()
-    start_timeout_s: float = None
-    concurrency: int = None
-
-
-class ImageError(Exception):
-    """The archive cannot become a function; one line, and `hint` says what to do."""
-
-    def __init__(self, text, hint=None):
-        super().__init__(text)
-        self.hint = hint
+CHUNK = 1 << 20
+UNPACK_TIMEOUT_S = 900
+WORKER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'unpack.py')
 
 
 class DiskFull(ImageError):
@@ -57,140 +44,292 @@ def disk_full_is_named():
         raise
 
 
-class Staging:
-    """A folder below `functions` in which a revision grows, for as long as the context lasts."""
+# What is started, and how
 
-    def __init__(self, functions):
-        with disk_full_is_named():
+
+class Spec(NamedTuple):
+    """How a revision is started.
+
+    kind is 'handler' (a handler.py), 'command' (args in a folder) or 'image' (args over `layers`, hex digests from the
+    bottom). user is '' for root, else as the image has it. ports are those of TCP that it says it serves.
+    """
+
+    kind: str
+    args: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+    cwd: str = '/function'
+    user: str = ''
+    ports: tuple[int, ...] = ()
+    stop_signal: str = 'SIGTERM'
+    layers: tuple[str, ...] = ()
+    start_timeout_s: float | None = None
+    concurrency: int | None = None
+
+    def to_json(self):
+        return json.dumps(self._asdict(), indent=1) + '\n'
+
+    @classmethod
+    def from_json(cls, text):
+        """The Spec in a text. Raises ValueError unless every field is as it must be."""
+        try:
+            return cls.checked(json.loads(text))
+        except RecursionError as error:
+            raise ValueError('the spec is nested too deep') from error
+
+    @classmethod
+    def checked(cls, said):
+        """The Spec that a dict from JSON describes. Raises ValueError."""
+        if not isinstance(said, dict) or said.keys() - set(cls._fields):
+            raise ValueError('the spec is not made of its fields')
+        said = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
+        spec = cls(**{'kind': None, **said})
+        texts = (*(spec.args if isinstance(spec.args, tuple) else ()), spec.cwd, spec.user)
+        env = spec.env.items() if isinstance(spec.env, dict) else [(None, None)]
+        for name, right in (
+            ('kind', spec.kind in ('handler', 'command', 'image')),
+            ('args', isinstance(spec.args, tuple) and all(map(is_text, texts))),
+            ('env', all(is_text(key) and is_text(value) and key and '=' not in key for key, value in env)),
+            ('cwd', is_text(spec.cwd) and spec.cwd.startswith('/') and '..' not in spec.cwd.split('/')),
+            ('ports', is_tuple(spec.ports, lambda port: is_int(port, 1, 65535))),
+            ('stop_signal', is_text(spec.stop_signal) and is_signal(spec.stop_signal)),
+            ('layers', is_tuple(spec.layers, is_hex) and len(spec.layers) <= MOST_LAYERS),
+            ('start_timeout_s', spec.start_timeout_s is None or is_number(spec.start_timeout_s, 0.1, 3600)),
+            ('concurrency', spec.concurrency is None or is_int(spec.concurrency, 1, 100_000)),
+        ):
+            if not right:
+                raise ValueError(f"the spec's {name} is not as it must be")
+        if (spec.kind != 'handler' and not (spec.args and spec.args[0])) or (spec.kind == 'image') != bool(spec.layers):
+            raise ValueError(f'the spec is not one of kind {spec.kind}')
+        return spec
+
+
+def is_text(value):
+    """Whether it is text that a process can be given."""
+    try:
+        return isinstance(value, str) and '\0' not in value and os.fsencode(value) is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def is_tuple(value, each):
+    return isinstance(value, tuple) and all(map(each, value))
+
+
+def is_int(value, least, most):
+    return type(value) is int and least <= value <= most
+
+
+def is_number(value, least, most):
+    return type(value) in (int, float) and least <= value <= most
+
+
+def is_hex(value):
+    return isinstance(value, str) and re.fullmatch('[0-9a-f]{64}', value) is not None
+
+
+def is_signal(name):
+    try:
+        return signal_number(name) > 0
+    except ValueError:
+        return False
+
+
+def signal_number(name):
+    """The number of a Spec's stop_signal, such as SIGQUIT or SIGRTMIN+3. Raises ValueError."""
+    found = re.fullmatch(r'(SIG[A-Z0-9]+)([+-][0-9]{1,2})?', name)
+    if not found or found[1] not in signal.Signals.__members__:
+        raise ValueError(f'there is no signal {name!r}')
+    return signal.Signals[found[1]] + int(found[2] or 0)
+
+
+def read_spec(folder):
+    """The Spec of a revision's folder; without one it is a handler.py's, of an older version. Raises ValueError."""
+    try:
+        with open(os.path.join(folder, 'spec.json')) as file:
+            return Spec.from_json(file.read())
+    except FileNotFoundError:
+        os.stat(folder)
+        return Spec('handler')
+
+
+def tree(folder):
+    """Where a revision's files are, of a revision that is no image."""
+    return os.path.join(folder, 'tree') if os.path.exists(os.path.join(folder, 'spec.json')) else folder
+
+
+# Layers
+
+
+class Layers:
+    """The layers that images share, in `folder`, each under the hex digits of its diff_id. Safe for threads.
+
+    The folder is on the filesystem of the revisions, and one daemon's.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self._lock, self._pins = threading.Lock(), collections.Counter()
+
+    def prepare(self):
+        """Make the folder, and remove what a killed run left half done. Raises OSError."""
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        for name in os.listdir(self.folder):
+            if name.startswith('.'):
+                shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
+
+    def path(self, digits):
+        return os.path.join(self.folder, digits)
+
+    def present(self):
+        """The set of those that are stored."""
+        try:
+            return set(filter(is_hex, os.listdir(self.folder)))
+        except FileNotFoundError:
+            return set()
+
+    def collect(self, wanted):
+        """Remove what is not in wanted() and not needed by a Staging under way."""
+        with self._lock:  # what a Staging lets go of while this looks around is named by then
+            kept = wanted()
+            gone = [digits for digits in self.present() if digits not in kept and not self._pins[digits]]
+            for digits in gone:  # whole or not at all, however we end
+                os.rename(self.path(digits), self.path(f'.{digits}'))
+        for digits in gone:
+            shutil.rmtree(self.path(f'.{digits}'), ignore_errors=True)
+
+    def pin_present(self):
+        """Keep those that are stored from being collected; the set, for unpin()."""
+        with self._lock:
+            pinned = self.present()
+            self._pins.update(pinned)
+            return pinned
+
+    def pin(self, wanted):
+        with self._lock:
+            self._pins.update(wanted)
+
+    def unpin(self, pinned):
+        with self._lock:
+            self._pins.subtract(pinned)
+            self._pins = +self._pins  # without those at 0
+
+    def add(self, digits, folder):
+        """Move a finished layer here, unless somebody else was quicker."""
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        with self._lock:
+            if not os.path.lexists(self.path(digits)):
+                os.rename(folder, self.path(digits))
+
+
+# A revision
+
+
+class Staging:
+    """A folder below `functions` in which a revision grows, for as long as the context lasts.
+
+    Files of strangers belong to the 65,536 ids from id_base on, and unpack to no more than most_bytes. `reference` says
+    which image is meant, where an archive holds several. Layers that it needs are not collected while it lasts.
+    """
+
+    def __init__(self, functions, layers, *, id_base, most_bytes, reference=None):
+        self._layers, self._pinned, self._new, self.spec = layers, set(), [], None
+        self._order = {'id_base': id_base, 'most_bytes': most_bytes, 'reference': reference}
+        with disk_full_is_named(), contextlib.ExitStack() as undo:
             os.makedirs(functions, mode=0o700, exist_ok=True)
             self._folder = tempfile.mkdtemp(dir=functions, prefix='.incoming-')
-            self._tree = os.path.join(self._folder, 'tree')
-            os.mkdir(self._tree)
+            undo.callback(self.__exit__)
+            self._work = os.path.join(self._folder, 'work')
+            os.mkdir(self._work, mode=0o700)
+            undo.pop_all()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._layers.unpin(self._pinned)
+        self._pinned = set()
 
     def receive(self, read, length):
-        """Spool and unpack a tar archive of `length` bytes from read(n). Raises ImageError; EOFError if it is cut."""
-        import shell  # not in the worker: it has no use for it
+        """Spool and unpack an archive of `length` bytes from read(n), or of all bytes that it gives (None).
 
-        with disk_full_is_named(), tempfile.TemporaryFile(dir=self._folder) as archive:
-            while length:
-                chunk = read(min(length, CHUNK))
+        Returns its Spec. Raises ImageError; EOFError if it is cut; what read() raises.
+        """
+        with disk_full_is_named(), tempfile.TemporaryFile(dir=self._folder, buffering=0) as spool:
+            while length is None or length:
+                chunk = read(CHUNK if length is None else min(length, CHUNK))
                 if not chunk:
+                    if length is None:
+                        break
                     raise EOFError
-                archive.write(chunk)
-                length -= len(chunk)
-            archive.seek(0)
+                length = length and length - len(chunk)
+                while chunk:
+                    chunk = chunk[spool.write(chunk) :]
+            spool.seek(0)
+            self._pinned = self._layers.pin_present()
+            answer = self._unpack(spool)
+        try:
+            self.spec = Spec.checked(answer['spec'])
+            self._new = answer['layers']
+            if not is_tuple(tuple(self._new), is_hex) or not set(self._new) <= set(self.spec.layers):
+                raise ValueError('it made other layers than it says')
+            for name in self._new if self.spec.kind == 'image' else ['tree']:
+                if os.path.islink(os.path.join(self._work, name)) or not os.path.isdir(os.path.join(self._work, name)):
+                    raise ValueError(f'it did not make {name}')
+            if missing := set(self.spec.layers) - self._pinned - set(self._new):
+                raise ValueError(f'it did not make {len(missing)} layers')
+        except (KeyError, TypeError, ValueError) as error:
+            raise ImageError(f'the archive cannot be unpacked: {error}') from error
+        needed = set(self.spec.layers)
+        self._layers.pin(needed)
+        self._layers.unpin(self._pinned)
+        self._pinned = needed
+        if self.spec.kind != 'image':
+            shell.run(['chown', '-hR', '0:0', os.path.join(self._work, 'tree')], timeout_s=300)
+        return self.spec
+
+    def _unpack(self, spool):
+        """What the unprivileged process says of the archive. Raises ImageError."""
+        order = os.path.join(self._folder, 'order.json')
+        with open(order, 'w') as file:
+            json.dump({**self._order, 'folder': self._work, 'stored': sorted(self._pinned)}, file)
+        try:
             done = shell.run(
-                ['/usr/bin/python3', '-I', '-S', os.path.abspath(__file__), self._tree],
-                stdin=archive,
-                ok=range(256),
-                timeout_s=300,
+                ['/usr/bin/python3', '-I', '-S', WORKER, order], stdin=spool, ok=range(256), timeout_s=UNPACK_TIMEOUT_S
             )
+        except shell.CommandError as error:
+            raise ImageError(f'the archive cannot be unpacked: {error.reason}') from error
         if done.returncode == errno.ENOSPC:
             raise DiskFull
-        if done.returncode:
-            raise ImageError(
-                (done.stderr.strip().splitlines() or ['the archive cannot be unpacked'])[-1],
-                'send a tar of the folder that holds handler.py',
-            )
-        shell.run(['chown', '-hR', '0:0', self._tree], timeout_s=300)
+        try:
+            answer = json.loads(done.stdout)
+            if error := answer.get('error'):
+                hint = answer.get('hint')
+                raise ImageError(one_line(error), hint and one_line(hint))
+        except (ValueError, AttributeError, RecursionError) as error:
+            why = (done.stderr.strip().splitlines() or ['without a word'])[-1]
+            raise ImageError(f'the archive cannot be unpacked: {one_line(why)}') from error
+        return answer
 
     def keep(self, path):
-        """Move the finished tree to `path`, to stay there after a power cut."""
-        import shell
-
+        """Move the finished revision to `path`, and its layers to theirs, to stay there after a power cut."""
         with disk_full_is_named():
+            for digits in self._new:
+                self._layers.add(digits, os.path.join(self._work, digits))
+            if self._new:
+                shell.sync_folder(self._layers.folder)
+                shell.sync_folder(os.path.dirname(self._layers.folder))
+            revision = os.path.join(self._folder, 'revision')
+            os.mkdir(revision, mode=0o755)
+            if self.spec.kind != 'image':
+                os.rename(os.path.join(self._work, 'tree'), os.path.join(revision, 'tree'))
+            shell.write_file(os.path.join(revision, 'spec.json'), self.spec.to_json())
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             shutil.rmtree(path, ignore_errors=True)
-            os.rename(self._tree, path)
+            os.rename(revision, path)
             shell.sync_folder(os.path.dirname(path))
             shell.sync_folder(os.path.dirname(os.path.dirname(path)))
 
 
-def unpack(archive):
-    """Unpack a tar of files, folders and links that stay inside into the current folder. Raises ImageError."""
-    made = set()
-    with tarfile.open(fileobj=archive, mode='r|') as tar:
-        for member in tar:
-            name = os.path.normpath(member.name)
-            if name == '.' and member.isdir():
-                continue
-            inside(member.name, member.name)
-            made.update((name, *map(str, pathlib.PurePath(name).parents)))
-            if len(made) > MOST_ENTRIES:
-                raise ImageError(f'more than {MOST_ENTRIES} files and folders')
-            os.makedirs(os.path.dirname(name) or '.', mode=0o755, exist_ok=True)
-            if member.isdir():
-                os.makedirs(name, mode=0o755, exist_ok=True)
-            elif member.issym():
-                if os.path.isabs(member.linkname):
-                    raise ImageError(f'{member.name!r} links to {member.linkname!r}, out of the folder')
-                inside(os.path.join(os.path.dirname(name), member.linkname), member.name)
-                os.symlink(member.linkname, name)
-            elif member.isreg() and not member.issparse():
-                fd = os.open(
-                    name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o755 if member.mode & 0o111 else 0o644
-                )
-                with open(fd, 'wb') as file:
-                    shutil.copyfileobj(tar.extractfile(member), file, CHUNK)
-            else:
-                raise ImageError(f'{member.name!r} is neither file, folder nor symbolic link')
-    if not os.path.isfile('handler.py'):
-        raise ImageError('there is no handler.py in the folder')
-
-
-def inside(path, name):
-    """Raise ImageError unless `path` stays in the folder by its text alone."""
-    parts = os.path.normpath(path).split('/')
-    if os.path.isabs(path) or parts[0] == '..' or len(parts) > MOST_DEPTH or '\0' in path:
-        raise ImageError(f'{name!r} leads out of the folder, or too deep into it')
-
-
-def worker(folder):
-    """Drop everything but `folder`, unpack stdin into it, precompile what is Python, and see that the disk has it."""
-    import ctypes
-    import py_compile
-    import resource
-
-    libc = ctypes.CDLL(None)
-    ''.encode('latin-1'), ''.encode('ascii')  # codecs are imported at first use: there is no library behind chroot
-    os.umask(0o022)
-    resource.setrlimit(resource.RLIMIT_CPU, (WORKER_CPU_S, WORKER_CPU_S))  # it compiles what strangers wrote
-    resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
-    os.chown(folder, NOBODY, NOBODY)
-    os.chroot(folder)
-    os.chdir('/')
-    os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
-    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    unpack(sys.stdin.buffer)
-    for where, _, names in os.walk('.'):
-        for name in names:
-            if name.endswith('.py'):  # the container sees it at /function, which tracebacks show
-                path = os.path.join(where, name)
-                with contextlib.suppress(Exception):  # said better when it is run
-                    py_compile.compile(
-                        path,
-                        dfile=os.path.join('/function', os.path.relpath(path)),
-                        doraise=True,
-                        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
-                    )
-    fd = os.open('.', os.O_RDONLY)
-    if libc.syncfs(fd):
-        raise OSError(errno.EIO, 'syncfs')
-
-
-if __name__ == '__main__':
-    try:
-        with disk_full_is_named():
-            worker(sys.argv[1])
-    except DiskFull:
-        sys.exit(errno.ENOSPC)
-    except (ImageError, OSError, tarfile.TarError, EOFError, ValueError) as error:
-        sys.exit(str(error) or type(error).__name__)
+def one_line(text):
+    return ' '.join(str(text).split())[:500]

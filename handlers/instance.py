@@ -7,7 +7,6 @@ import collections
 import concurrent.futures
 import contextlib
 import os
-import signal
 import socket
 import time
 import traceback
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 from handlers import injection, protocol
 from handlers.container import ContainerError, LogPipe
+from handlers.image import signal_number
 
 MOST_CONNECTIONS = 1024  # handed to one instance at a time; more wait in the listener's backlog
 MOST_MESSAGES = 256  # of one instance before the others have their turn
@@ -407,7 +407,7 @@ class Program(Instance):
         held = self.pool.connections_of(self._container, since)
         if not self._signalled and (held == 0 or waited >= min(GRACE_S, within_s / 2)):
             self._signalled = time.monotonic()
-            self._container.kill(signal.Signals[self.revision.spec.stop_signal])
+            self._container.kill(signal_number(self.revision.spec.stop_signal))
         ignored = self._signalled and time.monotonic() - self._signalled >= self._around.stop_timeout_s and held == 0
         if waited >= within_s or ignored:
             self.kill('did not stop in time')

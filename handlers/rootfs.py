@@ -83,7 +83,7 @@ def mount(where, layers, ids, size, owner):
     os.chdir('layers')
     options = (
         f'lowerdir={":".join(map(str, range(len(layers))))},upperdir=../upper,workdir=../work'
-        ',redirect_dir=nofollow,metacopy=off,index=off,xino=off'
+        ',userxattr,xino=off'
     )
     _checked(libc.mount(b'overlay', b'../root', b'overlay', MS_NODEV, options.encode()), 'mount of the layers')
     return os.path.join(where, 'root')

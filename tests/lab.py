@@ -55,6 +55,8 @@ cd "$new"
 rm -rf etc/resolv.conf etc/hosts etc/wireguard etc/coredns etc/faasd var/lib/faasd \
     root/.config/faas home/*/.config/faas
 mkdir -m 700 etc/wireguard
+mkdir "$work/state" var/lib/faasd                  # of the tmpfs itself: an overlay cannot map ids
+mount --bind "$work/state" var/lib/faasd
 echo "nameserver $NAMESERVER" >etc/resolv.conf
 printf '127.0.0.1 localhost\n::1 localhost\n127.0.1.1 %s\n' "$name" >etc/hosts
 echo "$name" >etc/hostname

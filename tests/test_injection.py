@@ -11,6 +11,7 @@ import threading
 import time
 import unittest
 
+import shell
 from handlers import container, image, injection, listener, pool, sock_diag
 from handlers.loop import Loop
 from tests import inside, lab
@@ -35,7 +36,8 @@ def answer(connection):
     with connection:
         connection.recv(4096)
         said = f'{{text}} {{connection.getpeername()[0]}}'.encode()
-        connection.sendall(b'HTTP/1.1 200 OK\\r\\nConnection: close\\r\\nContent-Length: %d\\r\\n\\r\\n%s' % (len(said), said))
+        head = b'HTTP/1.1 200 OK\\r\\nConnection: close\\r\\nContent-Length: %d\\r\\n\\r\\n' % len(said)
+        connection.sendall(head + said)
 def serve(sock):
     while True:
         answer(sock.accept()[0])
@@ -58,7 +60,7 @@ class Function:
         self.events, self.stack = [], stack
         self.folder = pathlib.Path(f'/var/lib/functions/{os.urandom(4).hex()}')
         self.folder.mkdir(parents=True)
-        os.system(f'ip -6 address replace {ADDRESS}/128 dev lo nodad')
+        shell.run(['ip', '-6', 'address', 'replace', f'{ADDRESS}/128', 'dev', 'lo', 'nodad'])
         self.loop = Loop()
         stack.callback(self.loop.stop)
         workers = stack.enter_context(concurrent.futures.ThreadPoolExecutor(4))
@@ -161,10 +163,11 @@ class Serving(inside.InHost):
         for blocking in (True, False):
             for inheritable in (True, False):
                 with self.subTest(blocking=blocking, inheritable=inheritable), contextlib.ExitStack() as self.stack:
+                    flag = 0 if blocking else 'os.O_NONBLOCK'
                     self.serves(
                         f'sock = listen(backlog=0); sock.setblocking({blocking}); sock.set_inheritable({inheritable})\n'
                         'sock.listen(5)\nimport fcntl\n'
-                        f'assert fcntl.fcntl(sock, fcntl.F_GETFL) & os.O_NONBLOCK == {0 if blocking else "os.O_NONBLOCK"}\n'
+                        f'assert fcntl.fcntl(sock, fcntl.F_GETFL) & os.O_NONBLOCK == {flag}\n'
                         f'assert sock.get_inheritable() == {inheritable}\n'
                         'sock.setblocking(True); serve(sock)'
                     )
@@ -209,7 +212,9 @@ class Serving(inside.InHost):
     @inside.inside
     def test_ipv4_alone_that_closes_on_ipv6_clients_is_refused(self):
         self.refuses(
-            'sock = listen(socket.AF_INET, "0.0.0.0")\nwhile True: sock.accept()[0].close()', 'IPv4 alone', 'listen on [::]'
+            'sock = listen(socket.AF_INET, "0.0.0.0")\nwhile True: sock.accept()[0].close()',
+            'IPv4 alone',
+            'listen on [::]',
         )
 
     @inside.inside
@@ -377,4 +382,4 @@ class Candidates(unittest.TestCase):
             ((5000, 3000), {'PORT': '80'}, (3000, 5000)),
         ):
             with self.subTest(ports=ports, env=env):
-                self.assertEqual(expected, injection.candidates(image.Spec(env=env, ports=ports)))
+                self.assertEqual(expected, injection.candidates(image.Spec('command', ('x',), env, ports=ports)))

@@ -1,0 +1,764 @@
+"""The process that unpacks what strangers send: nobody on this machine, root of a folder and of ids of its own.
+
+Run as a program by image.Staging, as root, with the archive on stdin and the path of an order (JSON) as its argument.
+It gives up everything, unpacks into the folder that the order names, and prints what came of it as JSON:
+{"spec": …, "layers": [what it unpacked, …]} or {"error": …, "hint": …}. Each tree is filled by a process of its own
+that has nothing but that tree for a root, so that no link in it leads anywhere else.
+"""
+
+import contextlib
+import ctypes
+import errno
+import json
+import mmap
+import os
+import pathlib
+import py_compile
+import re
+import resource
+import select
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import struct
+import sys
+import tempfile
+import tomllib
+
+if __name__ == '__main__':
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # -I leaves it out
+from handlers import archive
+from handlers.archive import ImageError, parts, show
+
+FOLDER_ENTRIES, FOLDER_DEPTH = 20_000, 32
+IMAGE_ENTRIES, IMAGE_DEPTH = 500_000, 128
+MOST_ID = 65535
+MOST_SETTINGS = 64 << 10  # bytes of a faas.toml or a Procfile
+MOST_ANSWER = 8 << 20
+CPU_S, MEMORY = 600, 1 << 30  # of each process
+AT_ONCE = os.cpu_count() or 1
+
+CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x8000000, 0x10000000, 0x20000000, 0x40000000
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def call(result):
+    """What a C function gave, or its OSError."""
+    if result == -1:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+# How much there may be, over all processes
+
+
+class Bounds:
+    """Counts the bytes and entries of `count` processes; who goes too far gets an ImageError."""
+
+    def __init__(self, count, most_bytes, most_entries):
+        self._most = most_bytes, most_entries
+        self._shared = mmap.mmap(-1, 16 * count)
+        self._totals = struct.Struct(f'{2 * count}Q')
+
+    def meter(self, place):
+        return Meter(self, place)
+
+    def note(self, place, size, entries):
+        struct.pack_into('2Q', self._shared, 16 * place, size, entries)
+        totals, (most_bytes, most_entries) = self._totals.unpack(self._shared), self._most
+        if sum(totals[0::2]) > most_bytes:
+            raise ImageError(f'it unpacks to more than {most_bytes} bytes', 'leave out what it does not need')
+        if sum(totals[1::2]) > most_entries:
+            raise ImageError(f'more than {most_entries} files and folders', 'leave out what it does not need')
+
+
+class Meter:
+    """One process's share of Bounds."""
+
+    OFTEN = 512  # entries between two looks at what the others have
+
+    def __init__(self, bounds, place):
+        self._bounds, self._place, self._bytes, self._entries = bounds, place, 0, 0
+
+    def entry(self):
+        self._entries += 1
+        if self._entries % self.OFTEN == 0:
+            self.check()
+
+    def bytes(self, count):
+        self._bytes += count
+        self.check()
+
+    def chunks(self, chunks):
+        for chunk in chunks:
+            self.bytes(len(chunk))
+            yield chunk
+
+    def check(self):
+        self._bounds.note(self._place, self._bytes, self._entries)
+
+
+# A layer
+
+
+class Root:
+    """This process's root folder while it is filled with a layer: what comes later takes the place of what was there.
+
+    What a layer takes away from those below it is written as overlayfs reads it with `userxattr`: a character device
+    0:0, an opaque folder.
+    """
+
+    def __init__(self, meter):
+        self._meter = meter
+        self._folders = {}  # path → its member: its mode might shut us out, its time would not last
+
+    def fill(self, reader):
+        os.umask(0)
+        for member in archive.members(reader):
+            self._meter.entry()
+            path = self._path(member)
+            try:
+                self._put(path, member, reader)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise ImageError(f'{show(member.name)}: {error.strerror}') from error
+        for path, member in self._folders.items():
+            self._finish(path, member)
+        self._meter.check()
+
+    def _path(self, member):
+        found = parts(member.name)
+        if len(found) > IMAGE_DEPTH:
+            raise ImageError(f'{show(member.name)} lies more than {IMAGE_DEPTH} folders deep')
+        if max(member.uid, member.gid) > MOST_ID:
+            raise ImageError(
+                f'{show(member.name)} belongs to {member.uid}:{member.gid}, above {MOST_ID}',
+                f'build it with ids up to {MOST_ID}',
+            )
+        return b'/'.join(found)
+
+    def _put(self, path, member, reader):
+        name, kind = path.rpartition(b'/')[2], member.kind
+        if name.startswith(b'.wh.'):
+            self._white_out(path, name)
+        elif kind == 'file' and path:
+            fd = self._make(path, lambda: os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, member.mode & 0o777))
+            try:
+                reader.copy(member.size, fd)
+                self._dress(fd, member)
+            finally:
+                os.close(fd)
+        elif kind == 'folder':
+            if path:
+                self._folder(path)
+            self._folders[path] = member
+        elif kind == 'symlink' and path:
+            if b'..' in member.link and member.link[:1] != b'/':
+                parts(os.path.dirname(path) + b'/' + member.link, f'links out of the image: {show(member.name)}')
+            self._make(path, lambda: os.symlink(member.link, path))
+            os.chown(path, member.uid, member.gid, follow_symlinks=False)
+            os.utime(path, ns=(member.mtime_ns, member.mtime_ns), follow_symlinks=False)
+        elif kind == 'link' and path:
+            self._link(path, member)
+        elif kind == 'fifo' and path:
+            self._make(path, lambda: os.mkfifo(path, member.mode & 0o777))
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+            try:
+                self._dress(fd, member)
+            finally:
+                os.close(fd)
+        elif kind == 'device':
+            raise ImageError(f'{show(member.name)} is a device', 'leave devices out: each instance gets a /dev')
+        else:
+            raise ImageError(f'{show(member.name)} is a {kind}, which an image cannot hold')
+
+    def _dress(self, fd, member):
+        """Owner, mode and time; it was made by 0:0 with the lower bits of the mode."""
+        if member.uid or member.gid:
+            os.fchown(fd, member.uid, member.gid)
+        if member.mode & 0o7000:
+            os.fchmod(fd, member.mode & 0o7777)
+        os.utime(fd, ns=(member.mtime_ns, member.mtime_ns))
+
+    def _finish(self, path, member):
+        try:
+            fd = os.open(path or b'.', os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # removed by what came later
+                return
+            raise
+        try:
+            os.fchown(fd, member.uid, member.gid)
+            os.fchmod(fd, member.mode & 0o7777)
+            os.utime(fd, ns=(member.mtime_ns, member.mtime_ns))
+        finally:
+            os.close(fd)
+
+    def _make(self, path, create):
+        """What create() gives, with the folders it lacks made before and what is in its place removed."""
+        for _ in range(3):
+            try:
+                return create()
+            except FileNotFoundError:
+                if not self._parents(path):
+                    raise
+            except FileExistsError:
+                self._remove(path)
+        raise ImageError(f'{show(path)} cannot be made')
+
+    def _parents(self, path):
+        """Make the folders above `path` that are missing; False if none was."""
+        found, made = path.split(b'/'), False
+        for count in range(1, len(found)):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(b'/'.join(found[:count]), 0o755)
+                self._meter.entry()
+                made = True
+        return made
+
+    def _remove(self, path):
+        try:
+            os.unlink(path)
+        except IsADirectoryError:
+            shutil.rmtree(path)
+            for each in [each for each in self._folders if each == path or each.startswith(path + b'/')]:
+                del self._folders[each]
+
+    def _folder(self, path):
+        try:
+            return os.mkdir(path, 0o755)
+        except FileNotFoundError:
+            self._parents(path)
+        except FileExistsError:
+            status = os.lstat(path)
+            if stat.S_ISDIR(status.st_mode):
+                return None
+            self._remove(path)
+            if stat.S_ISCHR(status.st_mode):  # the layer took a folder away before it brought this one
+                os.mkdir(path, 0o755)
+                return self._make_opaque(path)
+        return os.mkdir(path, 0o755)
+
+    def _link(self, path, member):
+        target = b'/'.join(parts(member.link, f'is linked to from {show(member.name)}, out of the image'))
+        if target != path:
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(target)
+                return self._make(path, lambda: os.link(target, path, follow_symlinks=False))
+        raise ImageError(f'{show(member.name)} is a hard link to {show(member.link)}, which is not in its layer')
+
+    def _white_out(self, path, name):
+        folder = path[: -len(name)]
+        if name == b'.wh..wh..opq':
+            if folder and not os.path.isdir(folder):
+                self._parents(path)
+            return self._make_opaque(folder or b'.')
+        hidden = name[len(b'.wh.') :]
+        if hidden.startswith(b'.wh.'):
+            return None  # notes of aufs
+        if hidden in (b'', b'.', b'..'):
+            raise ImageError(f'{show(path)} leads out of the image')
+        return self._make(folder + hidden, lambda: os.mknod(folder + hidden, stat.S_IFCHR, 0))
+
+    def _make_opaque(self, folder):
+        os.setxattr(folder, b'user.overlay.opaque', b'y')
+
+
+def do_layer(layer, name, start_zstd, meter, write):
+    """Check a layer's digests, and unpack it as the folder `name` here if `write`. Raises ImageError."""
+    packed = layer.section.packed()
+    blob = archive.Digest(layer.section.chunks()) if layer.blob or not packed else None
+    if not packed:
+        content, reader = blob, archive.SectionReader(layer.section)
+        meter.bytes(layer.section.size)
+    elif write or not blob:
+        unpacked = archive.unpacked(layer.section, packed, start_zstd)
+        content = archive.Tap(meter.chunks(unpacked))
+        reader = archive.Reader(content)
+    else:
+        content = reader = None
+    if write:
+        os.mkdir(name, 0o755)
+        os.chroot(name)
+        os.chdir('/')
+        Root(meter).fill(reader)
+    if reader:
+        reader.skip(sys.maxsize)  # to its end: what follows the tar counts for the digest
+    for what, digest, expected in (('blob', blob, layer.blob), ('content', content, layer.diff_id)):
+        if digest and expected and digest.hex() != expected:
+            raise ImageError(f'its {what} has another digest than sha256:{expected}', 'save the image again')
+
+
+# A folder
+
+
+def inside(path, name):
+    """Raise ImageError unless `path` stays in the folder by its text alone."""
+    found = os.path.normpath(path).split('/')
+    if os.path.isabs(path) or found[0] == '..' or len(found) > FOLDER_DEPTH or '\0' in path:
+        raise ImageError(f'{show(name)} leads out of the folder, or too deep into it', FOLDER_HINT)
+
+
+FOLDER_HINT = 'send a tar of the folder that holds handler.py, faas.toml or a Procfile'
+ENTRY_HINT = 'put a handler.py, a faas.toml with `command = […]` or a Procfile into it'
+
+
+def fill_folder(reader):
+    """Unpack a tar of files, folders and links that stay inside into the current folder. Raises ImageError."""
+    made = set()
+    for member in archive.members(reader):
+        given = os.fsdecode(member.name)
+        name = os.path.normpath(given)
+        if name == '.' and member.kind == 'folder':
+            continue
+        inside(given, given)
+        made.update((name, *map(str, pathlib.PurePath(name).parents)))
+        if len(made) > FOLDER_ENTRIES:
+            raise ImageError(f'more than {FOLDER_ENTRIES} files and folders', FOLDER_HINT)
+        try:
+            put_in_folder(name, member, reader)
+        except FileExistsError as error:
+            raise ImageError(f'{show(given)} exists already', FOLDER_HINT) from error
+
+
+def put_in_folder(name, member, reader):
+    folder = os.path.dirname(name)
+    os.makedirs(folder or '.', mode=0o755, exist_ok=True)
+    if member.kind == 'folder':
+        os.makedirs(name, mode=0o755, exist_ok=True)
+    elif member.kind == 'symlink':
+        link = os.fsdecode(member.link)
+        if os.path.isabs(link):
+            raise ImageError(f'{show(name)} links to {show(link)}, out of the folder', FOLDER_HINT)
+        inside(os.path.join(folder, link), name)
+        os.symlink(link, name)
+    elif member.kind == 'file':
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o755 if member.mode & 0o111 else 0o644)
+        try:
+            reader.copy(member.size, fd)
+        finally:
+            os.close(fd)
+    else:
+        raise ImageError(f'{show(name)} is neither file, folder nor symbolic link', FOLDER_HINT)
+
+
+def precompile():
+    """Compile what is Python here; the container sees it at /function, which tracebacks show."""
+    for where, _, names in os.walk('.'):
+        for name in names:
+            if name.endswith('.py'):
+                path = os.path.join(where, name)
+                with contextlib.suppress(Exception):  # said better when it is run
+                    py_compile.compile(
+                        path,
+                        dfile=os.path.join('/function', os.path.relpath(path)),
+                        doraise=True,
+                        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+                    )
+
+
+def do_folder(section, name, meter):
+    """Unpack a folder as `name` here and read its settings. Returns its spec. Raises ImageError."""
+    os.mkdir(name, 0o755)
+    os.chroot(name)
+    os.chdir('/')
+    os.umask(0o022)
+    meter.bytes(section.size)
+    fill_folder(archive.SectionReader(section))
+    spec = folder_spec()
+    precompile()
+    return spec
+
+
+SETTINGS = {  # of a faas.toml: what a value must be
+    'command': 'a text or a list of texts',
+    'port': 'a number from 1 to 65535',
+    'start_timeout': 'a number of seconds from 0.1 to 3600',
+    'concurrency': 'a number from 1 to 100000',
+    'env': 'a table of texts',
+}
+
+
+def folder_spec():
+    """How the function in the current folder is started, as image.Spec has it. Raises ImageError."""
+    settings = faas_toml()
+    command = settings.pop('command', None) or procfile()
+    if command is None and not os.path.isfile('handler.py'):
+        raise ImageError('there is no handler.py in the folder, no command in a faas.toml, and no Procfile', ENTRY_HINT)
+    port = settings.pop('port', None)
+    return {
+        'kind': 'command' if command else 'handler',
+        'args': command or [],
+        'env': settings.get('env', {}),
+        'cwd': '/function',
+        'ports': [port] if port else [],
+        'start_timeout_s': settings.get('start_timeout'),
+        'concurrency': settings.get('concurrency'),
+    }
+
+
+def read_settings(name):
+    """The text of a small file here, or None. Raises ImageError."""
+    if not os.path.isfile(name):
+        if os.path.lexists(name):
+            raise ImageError(f'{name} is no file')
+        return None
+    with open(name, 'rb') as file:
+        data = file.read(MOST_SETTINGS + 1)
+    if len(data) > MOST_SETTINGS:
+        raise ImageError(f'{name} has more than {MOST_SETTINGS} bytes')
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ImageError(f'{name} is not UTF-8 text') from error
+
+
+def faas_toml():
+    """The checked settings of faas.toml, {} without one; its command is a list. Raises ImageError."""
+    text = read_settings('faas.toml')
+    try:
+        settings = tomllib.loads(text or '')
+    except (ValueError, RecursionError) as error:
+        raise ImageError(f'faas.toml is not TOML: {" ".join(str(error).split())[:200]}') from error
+    unknown = sorted(settings.keys() - SETTINGS.keys())
+    if unknown:
+        raise ImageError(
+            f'faas.toml: there is no setting {", ".join(map(show, unknown[:9]))}', f'there is: {", ".join(SETTINGS)}'
+        )
+    if isinstance(settings.get('command'), str):
+        settings['command'] = split(settings['command'], 'faas.toml: command')
+    for key, value in settings.items():
+        if not suits(key, value):
+            raise ImageError(f'faas.toml: {key} must be {SETTINGS[key]}', f'there is: {", ".join(SETTINGS)}')
+    return settings
+
+
+def suits(key, value):
+    """Whether `value` is one for that setting of a faas.toml."""
+    if key == 'command':
+        return isinstance(value, list) and value and all(map(is_text, value)) and value[0]
+    if key == 'env':
+        return isinstance(value, dict) and all(
+            re.fullmatch('[A-Za-z_][A-Za-z0-9_]*', name) and is_text(text) for name, text in value.items()
+        )
+    if type(value) is not int and not (key == 'start_timeout' and type(value) is float):
+        return False
+    least, most = {'port': (1, 65535), 'start_timeout': (0.1, 3600), 'concurrency': (1, 100_000)}[key]
+    return least <= value <= most
+
+
+def is_text(value):
+    return isinstance(value, str) and '\0' not in value
+
+
+def split(line, what):
+    """The words of a command line. Raises ImageError."""
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise ImageError(f'{what}: {error}') from error
+    if not words or not words[0] or '\0' in line:
+        raise ImageError(f'{what} is no command')
+    return words
+
+
+def procfile():
+    """The command of the only line of a Procfile, None without one. Raises ImageError."""
+    text = read_settings('Procfile')
+    if text is None:
+        return None
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith('#')]
+    if len(lines) != 1:
+        raise ImageError(f'the Procfile has {len(lines)} lines, not one', 'leave the one that serves')
+    name, colon, command = lines[0].partition(':')
+    return split(command if colon and re.fullmatch(r'[A-Za-z0-9_-]+', name) else lines[0], 'the Procfile')
+
+
+# An image
+
+
+def image_spec(config, layers):
+    """How an image's config says it is started, as image.Spec has it. Raises ImageError."""
+    of = archive.of
+    inner = of(config.get('config') or {}, dict, "its config's config")
+    args = [*texts(inner, 'Entrypoint'), *texts(inner, 'Cmd')]
+    if not args or not args[0]:
+        raise ImageError('the image has no command', 'give it an ENTRYPOINT or a CMD')
+    env = {}
+    for text in texts(inner, 'Env'):
+        name, equals, value = text.partition('=')
+        if not name or not equals:
+            raise ImageError(f"its config's Env: {show(text)} is not NAME=VALUE")
+        env[name] = value
+    ports = set()
+    for port in of(inner.get('ExposedPorts') or {}, dict, "its config's ExposedPorts"):
+        found = re.fullmatch(r'([0-9]{1,5})(?:/(tcp|udp|sctp))?', port)
+        if not found or not 1 <= int(found[1]) <= 65535:
+            raise ImageError(f"its config's ExposedPorts: {show(port)} is no port")
+        if found[2] in (None, 'tcp'):
+            ports.add(int(found[1]))
+    return {
+        'kind': 'image',
+        'args': args,
+        'env': env,
+        'cwd': '/' + '/'.join(map(os.fsdecode, parts(os.fsencode(text_of(inner, 'WorkingDir'))))),
+        'user': text_of(inner, 'User'),
+        'ports': sorted(ports),
+        'stop_signal': signal_name(text_of(inner, 'StopSignal') or 'SIGTERM'),
+        'layers': layers,
+    }
+
+
+def text_of(config, key):
+    text = archive.of(config.get(key) or '', str, f"its config's {key}")
+    if '\0' in text:
+        raise ImageError(f"its config's {key} holds a NUL")
+    return text
+
+
+def texts(config, key):
+    """A list of texts, or none. Raises ImageError."""
+    found = archive.of(config.get(key) or [], list, f"its config's {key}")
+    for text in found:
+        if '\0' in archive.of(text, str, f"its config's {key}"):
+            raise ImageError(f"its config's {key} holds a NUL")
+    return found
+
+
+def signal_name(text):
+    """SIGTERM for 'TERM', '15' and so on; SIGRTMIN+3 as well. Raises ImageError."""
+    name = text.upper()
+    if re.fullmatch('[0-9]{1,2}', name):
+        with contextlib.suppress(ValueError):
+            return signal.Signals(int(name)).name
+    name = name if name.startswith('SIG') else f'SIG{name}'
+    if name in signal.Signals.__members__ or re.fullmatch(r'SIGRT(MIN\+|MAX-)([0-9]|[12][0-9]|30)', name):
+        return name
+    raise ImageError(f"its config's StopSignal: there is no signal {show(text)}")
+
+
+# Processes
+
+
+def side_by_side(jobs):
+    """What each of the functions returns, each in a process of its own. Raises ImageError and OSError as they did."""
+    answers, waiting, running = [None] * len(jobs), list(enumerate(jobs))[::-1], {}  # pipe → (place, what it said)
+    poll = select.poll()
+    while waiting or running:
+        while waiting and len(running) < AT_ONCE:
+            place, job = waiting.pop()
+            reader, writer = os.pipe()
+            if os.fork() == 0:
+                answer_and_exit(job, writer)
+            os.close(writer)
+            running[reader] = place, bytearray()
+            poll.register(reader, select.POLLIN)
+        for reader, _ in poll.poll():
+            place, said = running[reader]
+            if chunk := os.read(reader, 65536):
+                said += chunk
+                continue
+            poll.unregister(reader)
+            os.close(reader)
+            del running[reader]
+            answers[place] = value_of(said)
+    return answers
+
+
+def answer_and_exit(job, writer):
+    """Run job() and write what came of it to `writer`."""
+    try:
+        answer = {'value': job()}
+    except BaseException as error:
+        answer = said_of(error)
+    with contextlib.suppress(OSError), open(writer, 'wb') as file:
+        file.write(json.dumps(answer).encode())
+    os._exit(0)  # not its parent's exit, nor its threads
+
+
+def said_of(error):
+    """An error as JSON has it."""
+    if isinstance(error, ImageError):
+        return {'error': str(error), 'hint': error.hint}
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return {'full': True}
+    if isinstance(error, MemoryError):
+        return {'error': 'it needs too much memory to unpack', 'hint': None}
+    if isinstance(error, OSError):
+        return {'error': f'it cannot be unpacked: {error.strerror or error}', 'hint': None}
+    return {
+        'error': f'it cannot be unpacked: {type(error).__name__}: {" ".join(str(error).split())[:200]}',
+        'hint': None,
+    }
+
+
+def value_of(said):
+    """The value in what answer_and_exit() wrote, or the error."""
+    if not said:
+        raise ImageError('it takes too long or too much memory to unpack', 'leave out what it does not need')
+    answer = json.loads(said)
+    if 'full' in answer:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if 'error' in answer:
+        raise ImageError(answer['error'], answer['hint'])
+    return answer['value']
+
+
+def zstd_starter():
+    """start() for archive.unzstd, which works behind a chroot too: a process forked before it starts them."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork() == 0:
+        ours.close()
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+        while True:
+            _, fds, _, _ = socket.recv_fds(theirs, 1, 3)
+            if not fds:
+                os._exit(0)
+            if os.fork() == 0:
+                for number, fd in enumerate(fds):
+                    os.dup2(fd, number)
+                try:
+                    os.execvp('zstd', ['zstd', '-dcq'])
+                except OSError:
+                    os.write(2, b'not installed')
+                os._exit(1)
+            for fd in fds:
+                os.close(fd)
+    theirs.close()
+
+    def start():
+        pipes = [os.pipe() for _ in range(3)]
+        (reads, into), (out, writes), (errors, complains) = pipes
+        socket.send_fds(ours, [b'x'], [reads, writes, complains])
+        for fd in (reads, writes, complains):
+            os.close(fd)
+        return into, out, errors
+
+    return start
+
+
+def do_archive(order, fd, start_zstd):
+    """Unpack the archive that is open as `fd` into this folder; its answer. Raises ImageError."""
+    packed = archive.Section(fd, 0, os.fstat(fd).st_size)
+    if how := packed.packed():
+        chunks = archive.unpacked(packed, how, start_zstd)
+        bounds = Bounds(1, order['most_bytes'], 1)
+        with tempfile.TemporaryFile(dir='.') as file:
+            for chunk in bounds.meter(0).chunks(chunks):
+                file.write(chunk)
+            fd = os.dup(file.fileno())
+        os.ftruncate(packed.fd, 0)
+    opened = archive.Archive(fd)
+    if opened.is_image():
+        answer = do_image(opened, order, start_zstd)
+    else:
+        meter = Bounds(1, order['most_bytes'], FOLDER_ENTRIES).meter(0)
+        (spec,) = side_by_side([lambda: do_folder(opened.whole, 'tree', meter)])
+        answer = {'spec': spec, 'layers': []}
+    os.ftruncate(fd, 0)  # what nobody needs is not written to the disk
+    here = os.open('.', os.O_RDONLY)
+    call(libc.syncfs(here))
+    return answer
+
+
+def do_image(opened, order, start_zstd):
+    config, layers = archive.find_image(opened, order['reference'])
+    spec = image_spec(config, [layer.diff_id for layer in layers])
+    stored, jobs, written = set(order['stored']), {}, []
+    bounds = Bounds(len(layers), order['most_bytes'], IMAGE_ENTRIES)
+    for place, layer in enumerate(layers):
+        if layer in jobs:
+            continue
+        new = layer.diff_id not in stored
+        if new:
+            stored.add(layer.diff_id)
+            written.append(layer.diff_id)
+        jobs[layer] = layer_job(layer, place, start_zstd, bounds.meter(place), new)
+    side_by_side(list(jobs.values()))
+    return {'spec': spec, 'layers': written}
+
+
+def layer_job(layer, place, start_zstd, meter, new):
+    def job():
+        try:
+            do_layer(layer, layer.diff_id, start_zstd, meter, new)
+        except ImageError as error:
+            raise ImageError(f'layer {place + 1}: {error}', error.hint) from error
+
+    return job
+
+
+def confine(order, tell, heard):
+    """Become root of ids that are nobody's, without network, in the order's folder. The parent writes the id maps."""
+    folder = os.open(order['folder'], os.O_RDONLY | os.O_DIRECTORY)
+    if libc.unshare(CLONE_NEWUSER):
+        raise ImageError(
+            'this server allows no user namespaces', 'on the server: sysctl user.max_user_namespaces=10000'
+        )
+    os.write(tell, b'x')
+    if not os.read(heard, 1):
+        os._exit(1)
+    os.setgroups([])
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+    call(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))  # after it: a change of ids clears it
+    call(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))  # it compiles what strangers wrote
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    start_zstd = zstd_starter()
+    ''.encode('latin-1'), ''.encode('ascii')  # codecs are imported at first use: there is no library behind chroot
+    os.fchdir(folder)
+    os.close(folder)
+    os.chroot('.')
+    return start_zstd
+
+
+def run(order, work):
+    """What work(start_zstd) returns in a confined process, as JSON text; it and all it starts end with us."""
+    call(libc.unshare(CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC))
+    heard, told = os.pipe(), os.pipe()
+    reader, writer = os.pipe()
+    os.chown(order['folder'], order['id_base'], order['id_base'])
+    child = os.fork()
+    if child == 0:
+
+        def job():
+            for fd in (heard[0], told[1], reader):
+                os.close(fd)
+            return work(confine(order, heard[1], told[0]))
+
+        answer_and_exit(job, writer)
+    for fd in (heard[1], told[0], writer):
+        os.close(fd)
+    if os.read(heard[0], 1):
+        for name in ('uid_map', 'gid_map'):
+            with open(f'/proc/{child}/{name}', 'w') as file:
+                file.write(f'0 {order["id_base"]} {MOST_ID + 1}\n')
+        os.write(told[1], b'x')
+    said = b''
+    while len(said) < MOST_ANSWER and (chunk := os.read(reader, 65536)):
+        said += chunk
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)  # PID 1 of all the others
+    return value_of(said)
+
+
+def main(path):
+    try:
+        with open(path) as file:
+            order = json.load(file)
+        answer = run(order, lambda start_zstd: do_archive(order, 0, start_zstd))
+    except (ImageError, OSError) as error:
+        answer = said_of(error)
+    json.dump(answer, sys.stdout)
+    return errno.ENOSPC if 'full' in answer else 1 if 'error' in answer else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1]))
