@@ -240,19 +240,21 @@ class FaaSServer:
 
     def remove_listener(self, ipv6):
         """Listen no more; blocks until it is so. An address without a listener is left at that."""
-        self._loop.wait(self._remove, ipv6)
+        self._loop.wait(self.remove, ipv6)
 
-    def _remove(self, ipv6):
+    def remove(self, ipv6):
+        """The same, in the loop's thread."""
         its = self._listeners.pop(ipv6, None)
         if its:
             self._gate(its, False)
-            its.pool.gate = lambda is_open: None
+            its.pool.gate, its.pool.front = lambda is_open: None, None
             its.front.close()
 
     def leave(self, ipv6):
         """In the loop's thread: let go of an address whose front an instance goes on to serve."""
         its = self._listeners.pop(ipv6)
         self._gate(its, False)
+        its.pool.front = None
         its.front.leave()
 
     def permit(self, permitted):
@@ -706,6 +708,10 @@ class Faasd:
         _, its_pool = self._functions.pop(function.id, (None, None))
         if its_pool and self._handover:
             self.loop.wait(self._leave, function, its_pool)
+        if its_pool and its_pool.serves_itself():
+            end = its_pool.close(within_s)
+            end.add_done_callback(lambda _: self.server.remove(function.ipv6))  # in the loop's thread
+            return end
         self.server.remove_listener(function.ipv6)
         if its_pool:
             return its_pool.close(within_s)
@@ -788,9 +794,9 @@ class Faasd:
     def remove(self, name):
         with self._change():
             function = self.registry.remove_function(name)
-            for projection in (self.zone, self.addresses):
-                self._attempt(projection.sync)
+            self._attempt(self.zone.sync)
             self._shut(function, self.settings['stop_timeout']).result()
+            self._attempt(self.addresses.sync)
             self._forget(self._folder(function))
         self.emit('listener', f'Removed {name} from {function.ipv6}', name=name)
 

@@ -11,6 +11,7 @@ import select
 import shutil
 import signal
 import socket
+import stat
 import threading
 import time
 from typing import NamedTuple
@@ -120,6 +121,16 @@ class Containers:
         base, _ = record['ids']
         self._slots.add((base - self._id_base) // ID_RANGE)
         return record, Container(ident, record['pid'], pidfd, base)
+
+    @staticmethod
+    def output_of(container):
+        """The reader (owned) of what an instance of a run that is over prints; None if it has taken that elsewhere."""
+        with contextlib.suppress(OSError):
+            fd = os.open(f'/proc/{container.pid}/fd/2', os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                return fd
+            os.close(fd)
+        return None
 
     def listener_of(self, record, container):
         """The listening socket (owned) that an instance of a run that is over serves; None if it has lost it."""
@@ -512,11 +523,17 @@ class Log:
 class LogPipe:
     """One instance's stdout and stderr on their way into a Log."""
 
-    def __init__(self, log):
-        self.reader, self.writer = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(self.reader, False)
+    def __init__(self, log, reader=None):
+        """A new pipe, or the `reader` (consumed) of one whose instance was started by a faasd that is no more."""
         self._log, self._lines, self._rest = log, collections.deque(maxlen=TAIL_LINES), b''
         self._ended = threading.Event()
+        self.reader, self.writer = reader, None
+        if reader is None:
+            self.reader, writer = os.pipe2(os.O_CLOEXEC)
+            # The instance gets an end for both: should faasd die, it has a reader all the same, and no write fails.
+            self.writer = os.open(f'/proc/self/fd/{writer}', os.O_RDWR | os.O_CLOEXEC)
+            os.close(writer)
+        os.set_blocking(self.reader, False)
 
     def close_writer(self):
         """Let go of our copy of the writing end: the instance has its own."""

@@ -288,6 +288,10 @@ class Program(Instance):
         instance.listener, instance.state, instance.kind = listener, 'ready', 'adopted'
         instance.up.set_result(instance)
         instance._container = container
+        output = instance._around.containers.output_of(container)
+        if output is not None:
+            instance._pipe = LogPipe(pool.log, output)
+            instance._around.copier.add(instance._pipe)
         instance._around.loop.watch(container.pidfd, instance._exited)
         return instance
 

@@ -113,7 +113,7 @@ class Pool:
 
     def _begin(self, instance):
         self._instances.add(instance)
-        if self._closed:
+        if self._closed or (isinstance(instance, Program) and not self.front):
             instance._ended('it is being shut down')
         else:
             instance.begin()
@@ -123,7 +123,7 @@ class Pool:
 
         While another serves, it gets a listener of its own, when there is room for one.
         """
-        if isinstance(instance, Program) and not self._closed:
+        if isinstance(instance, Program) and self.front and not self._closed:
             if not self._serving and not self._starting:
                 instance.listener = self.front.sock
             elif self.front.may_fork:
@@ -151,7 +151,7 @@ class Pool:
         if wait_s > 0:
             return self.around.loop.later(wait_s, self._retry)
         self._starting = self._make(self.revision)
-        if isinstance(self._starting, Program):
+        if isinstance(self._starting, Program) and self.front:
             self._starting.listener = self.front.sock
         self._begin(self._starting)
 
@@ -167,6 +167,8 @@ class Pool:
 
     def _switch(self, instance):
         revision = instance.revision
+        if self._closed:
+            return self._discard(instance)
         if self.revision is not None and revision.number < self.revision.number:  # a later deploy was faster
             self._replaced.add(revision.folder)
             return self._discard(instance, DRAIN_S)
@@ -207,14 +209,14 @@ class Pool:
         else:
             former.stop(IDLE_S, DRAIN_S)
 
-    def _drain(self, former):
+    def _drain(self, former, within_s=DRAIN_S):
         """Have `former` take what waits at the former front, then stop it."""
         waiting, self._pending = self._pending, collections.deque()
         self._draining = former
         began = time.monotonic()
 
         def look(quiet_since):
-            sock, now = self.front.former, time.monotonic()
+            sock, now = self.front and self.front.former, time.monotonic()
             if former is not self._draining or sock is None:
                 return
             if not listens_itself(former):
@@ -226,10 +228,10 @@ class Pool:
                             break
             if waiting or listener.queued(sock):
                 quiet_since = now
-            if now < min(quiet_since + QUIET_S, began + DRAIN_S):
+            if now < min(quiet_since + QUIET_S, began + within_s / 2):
                 return self.around.loop.later(QUEUE_LOOK_S, look, quiet_since)
             self.front.former_is_empty = True
-            former.stop(IDLE_S, DRAIN_S)
+            former.stop(IDLE_S, began + within_s - now)
 
         look(began)
 
@@ -311,7 +313,8 @@ class Pool:
         expected = before == 'stopping' or instance is self._draining
         if instance is self._draining:
             self._draining = None
-            self.front.retire()
+            if self.front:
+                self.front.retire()
         if instance.listener and self.front:
             self.front.drop(instance.listener)
         if instance is self._trial:
@@ -345,9 +348,17 @@ class Pool:
         self._closed = done
         while self._pending:
             self._pending.pop().close()
+        if self.serves_itself() and self.front and self.front.may_fork:
+            self.front.steer(self.front.fork())  # what comes now is refused in the end, as if nobody had listened
+            self._drain(self._serving, within_s)
         for instance in list(self._instances):
-            instance.stop(0, within_s)
+            if instance is not self._draining:
+                instance.stop(0, within_s)
         self._close_if_done()
+
+    def serves_itself(self):
+        """True if what it does not accept is not to be cut off before its end."""
+        return listens_itself(self._serving)
 
     def leave(self):
         """Let an instance that listens by itself go on without us. True if there is one."""

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 import unittest
 import unittest.mock
@@ -54,6 +55,33 @@ if __name__ == '__main__':
     client_sock = socket.fromfd(tcp_fd, socket.AF_INET6, socket.SOCK_STREAM)
     Handler(client_sock, client_sock.getpeername(), None)
 """
+# A server that says which process it is, and at /listen how a listen() of now goes.
+LISTENS = {
+    'faas.toml': 'command = ["/usr/bin/python3", "server.py"]\n',
+    'server.py': """
+import http.server, os, secrets, socket
+me = secrets.token_hex(4)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        text = me
+        if self.path == '/listen':
+            try:
+                with socket.create_server(('::', 80), family=socket.AF_INET6, reuse_port=True):
+                    text = 'again'
+            except OSError as error:
+                text = str(error)
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+class Server(http.server.ThreadingHTTPServer):
+    address_family, allow_reuse_port = socket.AF_INET6, True
+    def server_bind(self):
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        super().server_bind()
+Server(('::', 80), Handler).serve_forever()
+""",
+}
 
 
 def key():
@@ -171,7 +199,7 @@ class OneServer(unittest.TestCase):
         ):
             with self.subTest(name):
                 reply = self.deploy(name, serving.example(name)).json
-                self.assertEqual({'name', 'ipv6', 'dns', 'revision', 'warning'}, set(reply))
+                self.assertEqual({'name', 'ipv6', 'dns', 'revision', 'warning', 'hint'}, set(reply))
                 self.assertIsNone(reply['warning'])
                 self.assertEqual({'ipv6': reply['ipv6']}, self.server.api('GET', f'/api/ip/{name}').json)
                 self.assertIn(expected, self.server.get(reply['ipv6'], path))
@@ -753,6 +781,42 @@ class LivesOfAServer(unittest.TestCase):
             self.assertLessEqual(len(self.host.run(['pgrep', 'wireguard-go'], ok=(0, 1)).stdout.split()), 1)
             self.assertEqual(1, len(self.host.run(['pgrep', '-f', 'runtime.py']).stdout.split()) // 2)
 
+    def test_what_listens_by_itself_survives_the_death_of_faasd(self):
+        """Nobody is turned away meanwhile; afterwards a next instance takes over, in which a listen() works again."""
+        self.host.run([*serving.FAASD], ok=(1,))
+        self.host.run(['wg-quick', 'up', 'wg0'])
+        self.addCleanup(self.host.run, ['ip', 'link', 'delete', 'wg0'])
+        server = serving.Server(self.host).start()
+        try:
+            ipv6 = server.deploy('listens', LISTENS).json['ipv6']
+            first = server.get(ipv6)
+            self.assertEqual('again', server.get(ipv6, '/listen'))
+            answers, over = [], threading.Event()
+
+            def ask():
+                while not over.is_set():
+                    answers.append(server.get(ipv6))
+
+            with concurrent.futures.ThreadPoolExecutor() as threads:
+                asking = threads.submit(ask)
+                server.stop(signal.SIGKILL)
+                self.assertIn('Function not implemented', server.get(ipv6, '/listen'))
+                self.assertEqual(first, server.get(ipv6))
+                server.lines.clear()
+                server.start()
+                lab.wait_until(lambda: server.get(ipv6) != first, 10, 'the next instance')
+                lab.wait_until(
+                    lambda: len(os.listdir(self.host.path('/run/faasd/instances'))) == 1, 20, 'the end of the first'
+                )
+                self.assertEqual('again', server.get(ipv6, '/listen'))
+                over.set()
+                asking.result(10)
+            self.assertEqual({first, server.get(ipv6)}, set(answers))
+        finally:
+            server.stop()
+        self.assertEqual('', self.host.run(['nft', 'list', 'ruleset']).stdout)
+        self.assertEqual(['faasd.lock'], os.listdir(self.host.path('/run/faasd')))
+
     def test_a_deploy_cut_off_by_a_kill_is_forgotten(self):
         with serving.standalone(self.host) as server:
             sleeping = {'handler.py': 'import time\ntime.sleep(60)\n'}
@@ -876,7 +940,7 @@ class LivesOfAServer(unittest.TestCase):
         conf.write_text(first + '# mine\n')
         self.host.run(prepare, env={**env, 'FAAS_WG_PORT': '51999'})
         self.assertEqual(first + '# mine\n', conf.read_text())
-        self.assertFalse(self.host.path('/var/lib/faasd').exists())
+        self.assertEqual([], os.listdir(self.host.path('/var/lib/faasd')))
 
     def test_prepare_for_another_name_of_wg0_while_the_first_is_up(self):
         """What our own interface and CoreDNS have is not in use; what others have is, also while faasd runs."""

@@ -113,6 +113,26 @@ class Installed(unittest.TestCase):
         self.server.sh('mv /root/wg0.conf /etc/wireguard/')
         self.assertEqual(peers, self.server.sh('wg show wg0 peers'))
 
+    def test_a_restart_of_faasd_is_none_of_what_listens_by_itself(self):
+        server = 'import http.server, socket\nclass Server(http.server.ThreadingHTTPServer):\n'
+        server += '    address_family = socket.AF_INET6\n'
+        server += 'Server(("::", 80), http.server.SimpleHTTPRequestHandler).serve_forever()\n'
+        self.server.sh('mkdir -p listens')
+        self.server.write('listens/faas.toml', 'command = ["/usr/bin/python3", "server.py"]\n')
+        self.server.write('listens/server.py', server)
+        self.server.sh('faas new listens')
+        ipv6 = self.server.sh('faas ip listens').strip()
+        asking = f"""
+            for try in $(seq 400); do
+                curl -sg --max-time 5 -o /dev/null "http://[{ipv6}]/" || echo "$try failed"
+                [ $try != 20 ] || systemctl restart faasd &
+            done; wait"""
+        self.assertEqual('', self.server.sh(asking))
+        self.assertTrue(is_active(self.server, 'faasd'))
+        self.server.sh('systemctl stop faasd')
+        self.server.run(['pgrep', '-f', 'server.py'], ok=(1,))
+        self.server.sh('systemctl start faasd; faas rm listens')
+
     def test_a_killed_faasd_and_a_killed_coredns_come_back(self):
         self.server.sh('systemctl kill --signal=KILL faasd faas-coredns')
         lab.wait_until(lambda: is_active(self.server, 'faasd', 'faas-coredns'), 20, 'both')
