@@ -330,7 +330,7 @@ class Containers:
                     'source': 'tmpfs',
                     'options': ['nosuid', 'noexec', 'mode=755', 'size=64k'],
                 },
-                tmpfs('/dev/shm', '16m', '1777'),
+                tmpfs('/dev/shm', '64m' if spec.layers else '16m', '1777'),
             ],
             'linux': {
                 'namespaces': [{'type': kind} for kind in ('pid', 'mount', 'ipc', 'uts', 'network', 'user', 'cgroup')],
@@ -387,6 +387,7 @@ class Containers:
             'capabilities': capabilities(*IMAGE_CAPABILITIES),
         }
         config['root'] = {'path': root, 'readonly': False}
+        config['linux']['maskedPaths'] += ['/sys/firmware', '/sys/devices/virtual/powercap']
         config['mounts'] += [
             {
                 'destination': '/dev/pts',
@@ -399,6 +400,14 @@ class Containers:
                 'type': 'mqueue',
                 'source': 'mqueue',
                 'options': ['nosuid', 'noexec', 'nodev'],
+            },
+            {'destination': '/sys', 'type': 'sysfs', 'source': 'sysfs', 'options': ['nosuid', 'noexec', 'nodev', 'ro']},
+            # Java and Node size themselves by the limits that they find there.
+            {
+                'destination': '/sys/fs/cgroup',
+                'type': 'cgroup',
+                'source': 'cgroup',
+                'options': ['nosuid', 'noexec', 'nodev', 'relatime', 'ro'],
             },
             host('/etc/hosts', os.path.join(self._rootfs, 'etc/hosts')),
         ]

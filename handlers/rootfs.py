@@ -83,7 +83,7 @@ def mount(where, layers, ids, size, owner):
     os.chdir('layers')
     options = (
         f'lowerdir={":".join(map(str, range(len(layers))))},upperdir=../upper,workdir=../work'
-        ',userxattr,xino=off'
+        ',redirect_dir=nofollow,metacopy=off,index=off,xino=off'
     )
     _checked(libc.mount(b'overlay', b'../root', b'overlay', MS_NODEV, options.encode()), 'mount of the layers')
     return os.path.join(where, 'root')
@@ -147,7 +147,7 @@ def find_user(root, user):
         gid = _number(found[2] if found else wanted_group)
     elif entry:
         more = [_number(each[2]) for each in groups if len(each) >= 4 and entry[0] in each[3].split(',')]
-    return {'uid': uid, 'gid': gid, 'additionalGids': more}, (entry[5] if entry else '') or '/'
+    return {'uid': uid, 'gid': gid, 'additionalGids': [gid, *more]}, (entry[5] if entry else '') or '/'
 
 
 def _number(text):
