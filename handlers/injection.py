@@ -19,6 +19,7 @@ import select
 import socket
 import struct
 import threading
+import time
 import traceback
 
 # linux/seccomp.h: _IOWR('!', 0, struct seccomp_notif), (1, _resp), _IOW('!', 2, u64), (3, struct seccomp_notif_addfd)
@@ -33,6 +34,9 @@ BACKLOG = 4096
 DEFAULT_PORT = 80  # what $PORT says, unless the image or its EXPOSE knows better
 MOST_ORIGINALS = 64  # sockets of an instance that are kept to be given back
 MOST_STATE = 1 << 20  # bytes of the container's state that comes with the notification descriptor
+BEST = (0, False)  # the first candidate, on IPv6: there is nothing to give back for
+# A function that does nothing but listen() shall not keep the others waiting, nor the accept loop.
+MANY_S, MANY, PAUSE_S = 1, 100, 0.005
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -214,7 +218,7 @@ class Injection:
                 self._give_back(notify, ident, process)
             self._put(notify, ident, tid, fd, original, self._listener)
             self._best = mine
-            if len(self._originals) < MOST_ORIGINALS:
+            if mine > BEST and len(self._originals) < MOST_ORIGINALS:
                 self._originals.append(Original(process, fd, original, port))
                 original = None
             self._report('injected', socket.AF_INET if mine[1] else socket.AF_INET6, (address, port))
@@ -282,8 +286,14 @@ class Injector:
             self._epoll.register(fd, select.EPOLLIN)
 
     def _run(self):
+        since, count = 0, 0
         while True:
             for fd, events in self._epoll.poll():
+                if time.monotonic() > since + MANY_S:
+                    since, count = time.monotonic(), 0
+                count += 1
+                if count > MANY:
+                    time.sleep(PAUSE_S)
                 with self._lock:
                     if fd not in self._watched:
                         continue

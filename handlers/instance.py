@@ -22,7 +22,7 @@ SETTLE_S = 0.3  # how long a server that listens on IPv4 may take until it liste
 PROBE_S = 5
 GRACE_S = 10  # how long a program may finish what it holds before it gets its stop signal
 LOOK_S = 0.1
-CONTROL = '/control.sock'
+CONTROL, ADOPTED = '/control.sock', 'adopted'  # kinds
 CLEAN_EXIT = 'ended with exit code 0'
 
 
@@ -285,7 +285,7 @@ class Program(Instance):
     def adopt(cls, pool, revision, container, listener):
         """One that a faasd which is no more has started; it serves `listener`."""
         instance = cls(pool, revision)
-        instance.listener, instance.state, instance.kind = listener, 'ready', 'adopted'
+        instance.listener, instance.state, instance.kind = listener, 'ready', ADOPTED
         instance.up.set_result(instance)
         instance._container = container
         output = instance._around.containers.output_of(container)

@@ -16,7 +16,7 @@ import weakref
 
 from handlers import listener, protocol
 from handlers.container import ID_RANGE
-from handlers.instance import Handler, Program, Revision, StartFailed, Surroundings, text_of
+from handlers.instance import ADOPTED, Handler, Program, Revision, StartFailed, Surroundings, text_of
 
 __all__ = ['Pool', 'Revision', 'StartFailed', 'Surroundings', 'progress', 'text_of']
 
@@ -198,6 +198,9 @@ class Pool:
     def _turn(self, former, instance):
         """Turn the front from the `former` instance, if there is one, to the one that serves now."""
         forked = instance.listener is not None and instance.listener is not self.front.sock
+        if forked and not listens_itself(instance) and not listens_itself(former):
+            self.front.drop(instance.listener)  # both are handed what we accept, so the front may stay
+            forked = False
         if former is None:
             if forked:  # who waits at the front of one that died meanwhile is served there, by another
                 self._discard(instance, DRAIN_S)
@@ -274,8 +277,13 @@ class Pool:
         self._serving = Program.adopt(self, self.revision, container, sock)
         self._instances.add(self._serving)
         self.gate(False)
-        self._starting = self._make(self.revision)
-        self._try(self._starting)
+        self._succeed()
+
+    def _succeed(self):
+        """Start the successor of one that was adopted: nobody answers its listen() any more."""
+        if self._serving and self._serving.kind == ADOPTED and not self._starting and not self._closed:
+            self._starting = self._make(self.revision)
+            self._try(self._starting)
 
     def _forget_replaced(self):
         """Delete the files of replaced revisions, unless an instance that finishes its work needs them."""
@@ -343,6 +351,8 @@ class Pool:
             if well:
                 self._wake()  # the next one is there before its client
             self._retry()
+        elif instance.revision is self.revision:
+            self.around.loop.later(LAST_DELAY_S, self._succeed)
 
     def _close(self, within_s, done):
         self._closed = done

@@ -281,6 +281,42 @@ class Serving(inside.InHost):
         self.assertEqual([], function.events)
 
     @inside.inside
+    def test_what_runc_exec_starts_may_listen_too(self):
+        function, instance = self.serves('serve(listen())')
+        listens = 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 81)); s.listen(); print("listens")'
+        said = shell.run(
+            [*function.containers._runtime, 'exec', instance._container.ident, '/usr/bin/python3', '-c', listens]
+        )
+        self.assertEqual('listens\n', said.stdout)
+
+    @inside.inside
+    def test_one_that_listens_without_end_does_not_hold_up_the_others(self):
+        flood = Function(self.stack)
+        flood.deploy(
+            1,
+            'threading.Thread(target=serve, args=(listen(),)).start()\n'
+            'while True:\n    with socket.socket() as s: s.bind(("127.0.0.1", 0)); s.listen()',
+        )
+        began = time.monotonic()
+        instance = flood.pool._make(flood.revision(2, 'serve(listen())'), trial=True)
+        flood.loop.call(flood.pool._try, instance)
+        instance.up.result(10)
+        self.assertLess(time.monotonic() - began, 5)
+        flood.pool.discard(instance)
+
+    @inside.inside
+    def test_no_descriptor_leaks(self):
+        function, _ = self.serves('serve(listen(socket.AF_INET, "0.0.0.0"))', 'revision 1 ')
+        lab.wait_until(lambda: len(function.pool._instances) == 1, 20, 'one instance')
+        before = len(os.listdir('/proc/self/fd'))
+        for number in range(2, 6):
+            function.deploy(number, 'socks = [listen(socket.AF_INET, "0.0.0.0"), listen()]; serve(socks[1])')
+            with self.assertRaises(pool.StartFailed):
+                function.pool.start(function.revision(number + 10, 'sys.exit(1)'))
+        lab.wait_until(lambda: len(function.pool._instances) == 1, 30, 'one instance')
+        lab.wait_until(lambda: len(os.listdir('/proc/self/fd')) <= before, 10, f'no more than {before} descriptors')
+
+    @inside.inside
     def test_a_listener_that_was_shut_down_is_revived(self):
         function, _ = self.serves(
             'sock = listen()\nwhile True:\n'
