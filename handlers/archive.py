@@ -112,17 +112,17 @@ class Reader:
 
 
 class SectionReader(Reader):
-    """Reads a section: what is skipped is never read, and long files are copied by the kernel."""
+    """Reads a section: what is skipped is never read, and files that are not small are copied by the kernel."""
 
-    LONG = 1 << 17
+    SMALL, CHUNK = 1 << 14, 1 << 15
 
-    def __init__(self, section, chunk=CHUNK):
+    def __init__(self, section):
         super().__init__(())
-        self._section, self._chunk = section, chunk
+        self._section = section
 
     def _fill(self):
         fd, start, size = self._section
-        self._view = memoryview(os.pread(fd, min(self._chunk, size - self.at), start + self.at))
+        self._view = memoryview(os.pread(fd, min(self.CHUNK, size - self.at), start + self.at))
         return bool(self._view)
 
     def skip(self, size):
@@ -132,10 +132,9 @@ class SectionReader(Reader):
         return size
 
     def copy(self, size, fd):
-        if size >= self.LONG:
+        if size > self.SMALL:
             at, end = self._section.at + self.at, self._section.at + min(self.at + size, self._section.size)
             while at < end:
-                # Not copy_file_range: that goes through smaller pieces where the filesystem cannot share blocks.
                 done = os.sendfile(fd, self._section.fd, at, end - at)
                 if not done:
                     break
@@ -389,7 +388,7 @@ class Archive:
     def __init__(self, fd):
         self.whole = Section(fd, 0, os.fstat(fd).st_size)
         self._members = {}
-        reader = SectionReader(self.whole, chunk=BLOCK * 8)
+        reader = SectionReader(self.whole)
         for member in members(reader):
             if len(self._members) >= MOST_MEMBERS:
                 raise ImageError(f'more than {MOST_MEMBERS} files and folders', 'leave out what it does not need')

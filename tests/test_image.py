@@ -1,18 +1,26 @@
 """Archives from strangers: what becomes a revision, what is refused, and that nothing remains of what was."""
 
 import contextlib
+import errno
+import hashlib
 import io
+import itertools
+import json
 import os
 import pathlib
 import shutil
 import stat
+import subprocess
 import tarfile
+import threading
 import unittest
 
 import shell
-from handlers import image
-from tests import inside
+from handlers import archive as formats
+from handlers import image, unpack
+from tests import images, inside
 
+RUN = {'Cmd': ['/run']}
 HANDLER = ('handler.py', 'def handle(connection, address):\n    pass\n')
 
 
@@ -39,33 +47,61 @@ class Inside(unittest.TestCase):
     """Paths alone, without a root."""
 
     def test_what_stays_in_the_folder(self):
-        for path in ('a', 'a/b', './a', 'a/../b', 'a//b', '..a', 'a..', '/'.join('x' * image.MOST_DEPTH)):
-            image.inside(path, path)
+        for path in ('a', 'a/b', './a', 'a/../b', 'a//b', '..a', 'a..', '/'.join('x' * unpack.FOLDER_DEPTH)):
+            unpack.inside(path, path)
 
     def test_what_leads_out_of_it_or_too_deep(self):
-        for path in ('..', '../a', 'a/../../b', '/a', '//a', './..', 'a\0b', '/'.join('x' * (image.MOST_DEPTH + 1))):
+        for path in ('..', '../a', 'a/../../b', '/a', '//a', './..', 'a\0b', '/'.join('x' * (unpack.FOLDER_DEPTH + 1))):
             with self.subTest(path), self.assertRaises(image.ImageError):
-                image.inside(path, path)
+                unpack.inside(path, path)
 
 
-class Stage(inside.InHost):
-    FOLDER = '/var/lib/functions'
+class Staged(inside.InHost):
+    """Stages archives on a filesystem in memory."""
 
-    def receive(self, data, folder=FOLDER, length=None):
-        """Stage an archive and keep it as 1/1; the folder."""
-        with image.Staging(folder) as staging:
-            staging.receive(io.BytesIO(data).read, len(data) if length is None else length)
-            staging.keep(f'{folder}/1/1')
-        self.assertEqual(['1'], os.listdir(folder))
-        self.stack.callback(shutil.rmtree, folder)
-        return pathlib.Path(folder, '1', '1')
+    DISK = '/var/lib/disk'
+    ID_BASE = 3_000_000
 
-    def refuse(self, data, pattern, error=image.ImageError, folder=FOLDER, **more):
+    def disk(self, options='size=1g'):
+        """A fresh disk, with no revisions and no layers."""
+        os.makedirs(self.DISK, exist_ok=True)
+        shell.run(['mount', '-t', 'tmpfs', '-o', options, 'disk', self.DISK])
+        self.stack.callback(shell.run, ['umount', self.DISK])
+        self.functions, self.layers = f'{self.DISK}/functions', image.Layers(f'{self.DISK}/layers')
+        self.layers.prepare()
+
+    def staging(self, most_bytes=256 << 20, reference=None):
+        return image.Staging(
+            self.functions, self.layers, id_base=self.ID_BASE, most_bytes=most_bytes, reference=reference
+        )
+
+    def stage(self, data, length=-1, **more):
+        """Stage an archive and keep it as 1/1; its folder. The Spec is self.spec."""
+        if not os.path.ismount(self.DISK):
+            self.disk()
+        with self.staging(**more) as staging:
+            self.spec = staging.receive(io.BytesIO(data).read, len(data) if length == -1 else length)
+            staging.keep(f'{self.functions}/1/1')
+        self.assertEqual(['1'], os.listdir(self.functions))
+        self.assertEqual(self.spec, image.read_spec(f'{self.functions}/1/1'))
+        return pathlib.Path(self.functions, '1', '1')
+
+    def refuse(self, data, pattern, error=image.ImageError, **more):
         with self.assertRaisesRegex(error, pattern) as caught:
-            self.receive(data, folder, **more)
-        self.assertEqual([], os.listdir(folder), 'something remains')
+            self.stage(data, **more)
+        self.assertEqual([], os.listdir(self.functions), 'something remains')
+        self.assertEqual([], os.listdir(self.layers.folder), 'a layer remains')
         self.assertNotIn('\n', str(caught.exception))
         return caught.exception
+
+
+class Folders(Staged):
+    def receive(self, data, **more):
+        """The files of a folder that was staged."""
+        folder = self.stage(data, **more)
+        self.stack.callback(shutil.rmtree, folder.parent, ignore_errors=True)
+        self.assertEqual(str(folder / 'tree'), image.tree(folder))
+        return folder / 'tree'
 
     @inside.inside
     def test_a_folder_arrives_as_it_was(self):
@@ -148,7 +184,7 @@ class Stage(inside.InHost):
             with self.subTest(bad):
                 error = self.refuse(archive(HANDLER, bad), 'out of the folder|too deep')
                 self.assertIn('handler.py', error.hint)
-        self.assertFalse(os.path.exists(f'{self.FOLDER}/../x'))
+        self.assertFalse(os.path.exists(f'{self.DISK}/x'))
 
     @inside.inside
     def test_a_link_is_no_way_out_for_what_follows_it(self):
@@ -163,9 +199,9 @@ class Stage(inside.InHost):
         try:
             self.receive(data)
         except image.ImageError:
-            self.assertEqual([], os.listdir(self.FOLDER))
-        self.assertFalse(os.path.exists('/var/lib/evil'))
-        self.assertFalse(os.path.exists(f'{self.FOLDER}/evil'))
+            self.assertEqual([], os.listdir(self.functions))
+        self.assertFalse(os.path.exists(f'{self.DISK}/evil'))
+        self.assertFalse(os.path.exists(f'{self.functions}/evil'))
 
     @inside.inside
     def test_a_file_is_not_written_through_a_link_or_twice(self):
@@ -182,7 +218,7 @@ class Stage(inside.InHost):
 
     @inside.inside
     def test_too_many_files_are_refused(self):
-        folders = (entry(f'd{number}', kind=tarfile.DIRTYPE) for number in range(image.MOST_ENTRIES + 1))
+        folders = (entry(f'd{number}', kind=tarfile.DIRTYPE) for number in range(unpack.FOLDER_ENTRIES + 1))
         self.refuse(archive(*folders), 'more than 20000 files')
 
     @inside.inside
@@ -208,58 +244,161 @@ class Stage(inside.InHost):
 
     @inside.inside
     def test_no_more_is_read_than_was_announced(self):
+        self.disk()
         stream = io.BytesIO(archive(HANDLER) + b'the next request')
-        with image.Staging(self.FOLDER) as staging:
+        with self.staging() as staging:
             staging.receive(stream.read, len(archive(HANDLER)))
         self.assertEqual(b'the next request', stream.read())
-        self.assertEqual([], os.listdir(self.FOLDER))
+        self.assertEqual([], os.listdir(self.functions))
 
     @inside.inside
     def test_a_full_disk_is_named_and_nothing_remains(self):
-        small = '/var/lib/small'
-        os.mkdir(small)
-        shell.run(['mount', '-t', 'tmpfs', '-o', 'size=1m,nr_inodes=64', 'small', small])
-        self.stack.callback(shell.run, ['umount', small])
-        folder = f'{small}/functions'
+        self.disk('size=1m,nr_inodes=64')
         for data in (
             archive(HANDLER, ('big', bytes(2 << 20))),  # while it arrives
             archive(HANDLER, ('half', bytes(600 << 10))),  # while it is unpacked
             archive(HANDLER, *((f'f{number}', 'x') for number in range(100))),  # no room for one file more
+            images.packed(archive(HANDLER, ('big', bytes(2 << 20))), 'gzip'),
+            images.image([images.layer(('half', os.urandom(600 << 10)))], RUN),
+            images.image([images.layer(('much', bytes(2 << 20)))], RUN, pack='gzip'),
+            images.image([images.layer(*((f'f{number}', b'x') for number in range(100)))], RUN),
         ):
-            error = self.refuse(data, 'no space left on the disk', error=image.DiskFull, folder=folder)
+            error = self.refuse(data, 'no space left on the disk', error=image.DiskFull)
             self.assertTrue(error.hint)
         with contextlib.suppress(OSError):
             for number in range(1000):
-                pathlib.Path(small, f'fill{number}').touch()
+                pathlib.Path(self.DISK, f'fill{number}').touch()
         with self.assertRaises(image.DiskFull):
-            image.Staging(folder)
-        self.assertEqual([], os.listdir(folder))
+            self.staging()
+        self.assertEqual([], os.listdir(self.functions))
 
     @inside.inside
     def test_a_kept_revision_takes_the_place_of_a_leftover(self):
-        leftover = pathlib.Path(self.FOLDER, '1', '1', 'old')
+        self.disk()
+        leftover = pathlib.Path(self.functions, '1', '1', 'old')
         leftover.parent.mkdir(parents=True)
         leftover.touch()
-        folder = self.receive(archive(HANDLER))
-        self.assertEqual({'handler.py', '__pycache__'}, set(os.listdir(folder)))
+        folder = self.stage(archive(HANDLER))
+        self.assertEqual({'tree', 'spec.json'}, set(os.listdir(folder)))
+
+    @inside.inside
+    def test_a_revision_of_an_older_version_is_read(self):
+        self.disk()
+        folder = f'{self.functions}/1/1'
+        os.makedirs(folder)
+        self.assertEqual((image.Spec('handler'), folder), (image.read_spec(folder), image.tree(folder)))
+        with self.assertRaises(FileNotFoundError):
+            image.read_spec(f'{self.functions}/1/2')
+
+    @inside.inside
+    def test_a_folder_may_be_packed(self):
+        for how in ('gzip', 'zstd'):
+            folder = self.receive(images.packed(archive(HANDLER, ('a', 'b')), how), length=None)
+            self.assertEqual('b', (folder / 'a').read_text())
+            shutil.rmtree(folder.parent.parent)
+
+    @inside.inside
+    def test_a_folder_says_its_command(self):
+        self.receive(archive(HANDLER))
+        self.assertEqual(image.Spec('handler'), self.spec)
+        toml = """
+            command = ["node", "server.js"]
+            port = 3000
+            start_timeout = 2.5
+            concurrency = 8
+            [env]
+            A = "b c"
+        """
+        for files, expected in (
+            ((('faas.toml', toml),), ('command', ('node', 'server.js'), {'A': 'b c'}, (3000,), 2.5, 8)),
+            ((('faas.toml', 'command = "node \'a b\'"'),), ('command', ('node', 'a b'), {}, (), None, None)),
+            ((HANDLER, ('faas.toml', 'start_timeout = 1')), ('handler', (), {}, (), 1, None)),
+            ((HANDLER, ('faas.toml', '[env]\nA="1"')), ('handler', (), {'A': '1'}, (), None, None)),
+            ((HANDLER, ('Procfile', '# one\n\nweb: node server.js\n')), ('command', ('node', 'server.js'), {}, (), None, None)),
+            ((('Procfile', 'ruby app.rb -p 80:80'),), ('command', ('ruby', 'app.rb', '-p', '80:80'), {}, (), None, None)),
+            ((('Procfile', 'a\nb'), ('faas.toml', 'command = "c"')), ('command', ('c',), {}, (), None, None)),
+        ):  # fmt: skip
+            with self.subTest(files):
+                shutil.rmtree(f'{self.functions}/1')
+                self.receive(archive(*files))
+                spec = self.spec
+                said = (spec.kind, spec.args, spec.env, spec.ports, spec.start_timeout_s, spec.concurrency)
+                self.assertEqual((expected, '/function', ''), (said, spec.cwd, spec.user))
+
+    @inside.inside
+    def test_a_faas_toml_with_what_it_cannot_have_is_refused_by_name(self):
+        for text, pattern in (
+            ('comand = "x"', "no setting 'comand'"),
+            ('command = []', 'command must be'),
+            ('command = [1]', 'command must be'),
+            ('command = ["a\\u0000"]', 'command must be'),
+            ('command = "\'"', 'command: No closing quotation'),
+            ('command = " "', 'command is no command'),
+            ('port = 0', 'port must be a number from 1 to 65535'),
+            ('port = true', 'port must be'),
+            ('port = "80"', 'port must be'),
+            ('start_timeout = nan', 'start_timeout must be'),
+            ('start_timeout = 4000', 'start_timeout must be'),
+            ('concurrency = 1.5', 'concurrency must be'),
+            ('env = "A=b"', 'env must be'),
+            ('[env]\nA = 1', 'env must be'),
+            ('[env]\n"A-B" = "1"', 'env must be'),
+            ('port 80', 'faas.toml is not TOML'),
+            ('x = ' + '[' * 5000, 'faas.toml is not TOML'),
+            (b'\xff', 'not UTF-8'),
+            ('#' * 70_000, 'more than 65536 bytes'),
+        ):
+            with self.subTest(text[:20]):
+                error = self.refuse(archive(HANDLER, ('faas.toml', text)), pattern)
+                if 'no setting' in pattern:
+                    self.assertEqual('there is: command, port, start_timeout, concurrency, env', error.hint)
+        self.refuse(archive(HANDLER, entry('faas.toml', kind=tarfile.DIRTYPE)), 'faas.toml is no file')
+
+    @inside.inside
+    def test_a_procfile_has_one_line(self):
+        for text, pattern in (('', '0 lines'), ('web: a\nworker: b', '2 lines'), ('web:', 'no command'), ('"', 'quot')):
+            self.refuse(archive(HANDLER, ('Procfile', text)), pattern)
 
     @inside.inside
     def test_the_worker_holds_nothing_that_is_not_its_own(self):
-        """What runs on a stranger's bytes: another user, no capability, no way back to the host's files."""
-        probe = '/var/lib/probe'
-        os.mkdir(probe)
-        code = (
-            'import os, sys; sys.path.insert(0, sys.argv[1]); import image\n'
-            'def unpack(archive):\n'
-            '    print(os.getresuid(), os.getgroups(), os.listdir("/"), os.listdir("../.."))\n'
-            'status = open("/proc/self/status")\n'  # opened before: there is no /proc behind chroot
-            'image.unpack = unpack\nimage.worker(sys.argv[2])\n'
-            'print([l.split()[1] for l in status if l.startswith(("CapEff", "CapPrm", "NoNewPrivs"))])\n'
-        )
-        handlers = os.path.dirname(os.path.abspath(image.__file__))
-        out = shell.run(['/usr/bin/python3', '-I', '-S', '-c', code, handlers, probe]).stdout.splitlines()
-        self.assertEqual('(65534, 65534, 65534) [] [] []', out[0])
-        self.assertEqual("['0000000000000000', '0000000000000000', '1']", out[1])
+        """What runs on a stranger's bytes: ids that are nobody's, no way back to the host's files, no network."""
+        self.disk()
+        os.mkdir(f'{self.DISK}/probe')
+        code = """
+import os, socket, sys
+sys.path.insert(0, sys.argv[1])
+from handlers import unpack
+status, uids = open('/proc/self/status'), open('/proc/self/uid_map')
+def probe(start_zstd):
+    status = os.open('/', os.O_RDONLY)
+    return [os.getresuid(), os.getgroups(), os.listdir('/'), os.listdir('../..'), os.getpid(), socket.if_nameindex()]
+order = {'folder': sys.argv[2], 'id_base': 3000000}
+print(*unpack.run(order, probe), sep='\\n')
+"""
+        out = shell.run(['/usr/bin/python3', '-I', '-S', '-c', code, inside.lab.REPO, f'{self.DISK}/probe']).stdout
+        self.assertEqual(['[0, 0, 0]', '[]', '[]', '[]', '1', "[[1, 'lo']]"], out.splitlines())
+        self.assertEqual(self.ID_BASE, os.stat(f'{self.DISK}/probe').st_uid)
+
+    @inside.inside
+    def test_the_workers_processes_end_with_it(self):
+        """A killed unpacker leaves nobody who writes on."""
+        self.disk()
+        os.mkdir(f'{self.DISK}/probe')
+        code = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from handlers import unpack
+def work(start_zstd):
+    os.fork()
+    print('up', flush=True)
+    time.sleep(1000)
+unpack.run({'folder': sys.argv[2], 'id_base': 3000000}, work)
+"""
+        argv = ['/usr/bin/python3', '-I', '-S', '-c', code, str(inside.lab.REPO), f'{self.DISK}/probe']
+        with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
+            self.assertEqual(b'up\nup\n', process.stdout.read(6))
+            process.kill()
+            self.assertEqual(b'', process.stdout.read())  # nobody holds the other end
 
 
 if __name__ == '__main__':
