@@ -12,7 +12,6 @@ import errno
 import json
 import os
 import re
-import shutil
 import signal
 import tempfile
 import threading
@@ -157,6 +156,12 @@ def tree(folder):
     return os.path.join(folder, 'tree') if os.path.exists(os.path.join(folder, 'spec.json')) else folder
 
 
+def remove_tree(path):
+    """Remove a folder that strangers filled, if it is there: through links it may be deeper than Python can recurse."""
+    with contextlib.suppress(shell.CommandError):
+        shell.run(['rm', '-rf', '--', path], timeout_s=300)
+
+
 # Layers
 
 
@@ -175,7 +180,7 @@ class Layers:
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
         for name in os.listdir(self.folder):
             if name.startswith('.'):
-                shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
+                remove_tree(os.path.join(self.folder, name))
 
     def path(self, digits):
         return os.path.join(self.folder, digits)
@@ -194,7 +199,7 @@ class Layers:
             for digits in gone:  # whole or not at all, however we end
                 os.rename(self.path(digits), self.path(f'.{digits}'))
         for digits in gone:
-            shutil.rmtree(self.path(f'.{digits}'), ignore_errors=True)
+            remove_tree(self.path(f'.{digits}'))
 
     def pin_present(self):
         """Keep those that are stored from being collected; the set, for unpin()."""
@@ -245,7 +250,7 @@ class Staging:
         return self
 
     def __exit__(self, *_):
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_tree(self._folder)
         self._layers.unpin(self._pinned)
         self._pinned = set()
 
@@ -324,7 +329,7 @@ class Staging:
                 os.rename(os.path.join(self._work, 'tree'), os.path.join(revision, 'tree'))
             shell.write_file(os.path.join(revision, 'spec.json'), self.spec.to_json())
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
             os.rename(revision, path)
             shell.sync_folder(os.path.dirname(path))
             shell.sync_folder(os.path.dirname(os.path.dirname(path)))

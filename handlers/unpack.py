@@ -36,12 +36,14 @@ FOLDER_ENTRIES, FOLDER_DEPTH = 20_000, 32
 IMAGE_ENTRIES, IMAGE_DEPTH = 500_000, 128
 MOST_ID = 65535
 MOST_SETTINGS = 64 << 10  # bytes of a faas.toml or a Procfile
-MOST_ANSWER = 8 << 20
+MOST_ANSWER = 1 << 20
 CPU_S, MEMORY = 600, 1 << 30  # of each process
 AT_ONCE = os.cpu_count() or 1
 
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x8000000, 0x10000000, 0x20000000, 0x40000000
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+CAPABILITY_VERSION = 0x20080522
+CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SYS_CHROOT = 0, 1, 3, 4, 18  # what a tree of many owners takes
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -275,7 +277,7 @@ def do_layer(layer, name, start_zstd, meter, write):
     blob = archive.Digest(layer.section.chunks()) if layer.blob or not packed else None
     if not packed:
         content, reader = blob, archive.SectionReader(layer.section)
-        meter.bytes(layer.section.size)
+        meter.bytes(layer.section.size if write else 0)
     elif write or not blob:
         unpacked = archive.unpacked(layer.section, packed, start_zstd)
         content = archive.Tap(meter.chunks(unpacked))
@@ -328,6 +330,8 @@ def fill_folder(reader):
 
 def put_in_folder(name, member, reader):
     folder = os.path.dirname(name)
+    if os.path.realpath(folder) != os.path.join('/', folder):  # or it might lie deeper than it says
+        raise ImageError(f'{show(name)} goes through a link', FOLDER_HINT)
     os.makedirs(folder or '.', mode=0o755, exist_ok=True)
     if member.kind == 'folder':
         os.makedirs(name, mode=0o755, exist_ok=True)
@@ -716,7 +720,15 @@ def confine(order, tell, heard):
     os.fchdir(folder)
     os.close(folder)
     os.chroot('.')
+    keep_capabilities(CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SYS_CHROOT)
     return start_zstd
+
+
+def keep_capabilities(*kept):
+    """Give up all others. A process behind chroot cannot get them back in another user namespace."""
+    bits = sum(1 << each for each in kept)
+    header = struct.pack('Ii', CAPABILITY_VERSION, 0)
+    call(libc.capset(header, struct.pack('6I', bits, bits, 0, 0, 0, 0)))
 
 
 def run(order, work):
@@ -731,6 +743,9 @@ def run(order, work):
         def job():
             for fd in (heard[0], told[1], reader):
                 os.close(fd)
+            null = os.open('/dev/null', os.O_WRONLY)  # what it says is bounded, and said by `writer`
+            os.dup2(null, 1)
+            os.dup2(null, 2)
             return work(confine(order, heard[1], told[0]))
 
         answer_and_exit(job, writer)
@@ -746,6 +761,8 @@ def run(order, work):
         said += chunk
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)  # PID 1 of all the others
+    if len(said) >= MOST_ANSWER:
+        raise ImageError('its command and settings are too long')
     return value_of(said)
 
 

@@ -376,15 +376,19 @@ class Folders(Staged):
 import os, socket, sys
 sys.path.insert(0, sys.argv[1])
 from handlers import unpack
-status, uids = open('/proc/self/status'), open('/proc/self/uid_map')
+proc = os.open('/proc', os.O_RDONLY)  # there is none behind chroot
 def probe(start_zstd):
-    status = os.open('/', os.O_RDONLY)
-    return [os.getresuid(), os.getgroups(), os.listdir('/'), os.listdir('../..'), os.getpid(), socket.if_nameindex()]
+    status = open(os.open('self/status', os.O_RDONLY, dir_fd=proc)).read().splitlines()
+    caps = [line.split()[1] for line in status if line.startswith(('CapEff', 'CapPrm', 'NoNewPrivs'))]
+    here = os.listdir('/'), os.listdir('../..')
+    return [os.getresuid(), os.getgroups(), *here, os.getpid(), socket.if_nameindex(), caps]
 order = {'folder': sys.argv[2], 'id_base': 3000000}
 print(*unpack.run(order, probe), sep='\\n')
 """
         out = shell.run(['/usr/bin/python3', '-I', '-S', '-c', code, inside.lab.REPO, f'{self.DISK}/probe']).stdout
-        self.assertEqual(['[0, 0, 0]', '[]', '[]', '[]', '1', "[[1, 'lo']]"], out.splitlines())
+        *rest, capabilities = out.splitlines()
+        self.assertEqual(['[0, 0, 0]', '[]', '[]', '[]', '1', "[[1, 'lo']]"], rest)
+        self.assertEqual("['000000000004001b', '000000000004001b', '1']", capabilities)
         self.assertEqual(self.ID_BASE, os.stat(f'{self.DISK}/probe').st_uid)
 
     @inside.inside
@@ -398,15 +402,22 @@ sys.path.insert(0, sys.argv[1])
 from handlers import unpack
 def work(start_zstd):
     os.fork()
-    print('up', flush=True)
+    os.write(int(sys.argv[3]), b'up')
     time.sleep(1000)
 unpack.run({'folder': sys.argv[2], 'id_base': 3000000}, work)
 """
-        argv = ['/usr/bin/python3', '-I', '-S', '-c', code, str(inside.lab.REPO), f'{self.DISK}/probe']
-        with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
-            self.assertEqual(b'up\nup\n', process.stdout.read(6))
+        reader, writer = os.pipe()
+        argv = ['/usr/bin/python3', '-I', '-S', '-c', code, inside.lab.REPO, f'{self.DISK}/probe', str(writer)]
+        with subprocess.Popen(argv, pass_fds=(writer,)) as process, open(reader, 'rb') as said:
+            os.close(writer)
+            self.assertEqual(b'upup', said.read(4))
             process.kill()
-            self.assertEqual(b'', process.stdout.read())  # nobody holds the other end
+            self.assertEqual(b'', said.read())  # nobody holds the other end
+
+    @inside.inside
+    def test_no_file_is_written_through_a_link(self):
+        up = entry('a/b', kind=tarfile.SYMTYPE, link='../c')
+        self.refuse(archive(HANDLER, ('c/x', ''), up, ('a/b/y', '')), "'a/b/y' goes through a link")
 
 
 class Images(Staged):
@@ -618,6 +629,17 @@ class Images(Staged):
         self.assertEqual(b'#!', (base / 'run').read_bytes())
         self.assertEqual({'layers', 'functions'}, set(os.listdir(self.DISK)))
         self.assertFalse(os.path.exists('/evil'))
+
+    @inside.inside
+    def test_a_tree_deeper_than_python_recurses_is_removed(self):
+        chain = [('x/' * 100 + 'f', b'')]
+        for number in range(15):
+            chain += [(f'l{number}', f'/l{number - 1}/' + 'x/' * 100 if number else 'x/' * 100)]
+            chain += [(f'l{number}/' + 'x/' * 100 + 'f', b'')]
+        self.image(images.layer(*chain))
+        self.clean()
+        self.assertEqual([], os.listdir(self.layers.folder))
+        self.refuse_image('out of the image', images.layer(*chain, ('../x', b'')))
 
     @inside.inside
     def test_what_leads_out_or_cannot_be_is_refused(self):
@@ -864,10 +886,23 @@ class Images(Staged):
     @inside.inside
     def test_without_zstd_it_says_so(self):
         self.disk()
-        self.stack.enter_context(unittest.mock.patch.dict(os.environ, {'PATH': '/nowhere'}))
+        few = pathlib.Path('/tmp/few')
+        few.mkdir()
+        (few / 'rm').symlink_to(shutil.which('rm'))
+        self.stack.enter_context(unittest.mock.patch.dict(os.environ, {'PATH': str(few)}))
         for data in (images.ZSTD_MAGIC + bytes(99), images.image([images.ZSTD_MAGIC + bytes(99)], RUN)):
             error = self.refuse(data, 'packed by zstd, which this server lacks')
             self.assertIn('install zstd', error.hint)
+
+    @inside.inside
+    def test_no_descriptor_leaks(self):
+        self.stage(images.image([BASE], RUN))
+        before = os.listdir('/proc/self/fd')
+        for data in (images.image([BASE], RUN), images.image([BASE], {}), b'x'):
+            for _ in range(5):
+                with contextlib.suppress(image.ImageError):
+                    self.stage(data)
+        self.assertEqual(len(before), len(os.listdir('/proc/self/fd')))
 
     @inside.inside
     def test_an_interrupted_upload_leaves_nothing(self):
