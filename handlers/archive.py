@@ -317,7 +317,8 @@ def members(reader):
         most_ns = MOST_SECONDS * 1_000_000_000
         end = reader.at + size
         yield Member(name, kind, mode, uid, gid, size, max(-most_ns, min(mtime_ns, most_ns)), link)
-        if reader.at < end and reader.skip(end - reader.at) and reader.at < end:
+        left = end - reader.at
+        if reader.skip(left) < left:
             raise ImageError(f'the archive ends in the middle of {show(name)}', 'send it again')
         pad(reader, size)
     if first:
@@ -346,10 +347,10 @@ def records(data):
     said = {}
     try:
         while data:
-            length, rest = data.split(b' ', 1)
-            record, data = data[len(length) + 1 : int(length)], data[int(length) :]
+            digits = data.split(b' ', 1)[0]
+            record, data = data[len(digits) + 1 : int(digits)], data[int(digits) :]
             key, value = record.split(b'=', 1)
-            if not value.endswith(b'\n'):
+            if not value.endswith(b'\n') or int(digits) < 0:
                 raise ValueError
             value = value[:-1]
             if key in (b'path', b'linkpath'):
@@ -389,8 +390,8 @@ class Archive:
         self.whole = Section(fd, 0, os.fstat(fd).st_size)
         self._members = {}
         reader = SectionReader(self.whole)
-        for member in members(reader):
-            if len(self._members) >= MOST_MEMBERS:
+        for count, member in enumerate(members(reader)):
+            if count >= MOST_MEMBERS:
                 raise ImageError(f'more than {MOST_MEMBERS} files and folders', 'leave out what it does not need')
             with contextlib.suppress(ImageError):  # said when it is unpacked, and an image has no use for it
                 self._members[b'/'.join(parts(member.name))] = member, Section(fd, reader.at, member.size)

@@ -9,6 +9,7 @@ take away.
 import collections
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -174,6 +175,7 @@ class Layers:
     def __init__(self, folder):
         self.folder = folder
         self._lock, self._pins = threading.Lock(), collections.Counter()
+        self._numbers = itertools.count()
 
     def prepare(self):
         """Make the folder, and remove what a killed run left half done. Raises OSError."""
@@ -195,11 +197,13 @@ class Layers:
     def collect(self, wanted):
         """Remove what is not in `wanted` and not needed by a Staging under way."""
         with self._lock:
-            gone = [digits for digits in self.present() if digits not in wanted and not self._pins[digits]]
-            for digits in gone:  # whole or not at all, however we end
-                os.rename(self.path(digits), self.path(f'.{digits}'))
-        for digits in gone:
-            remove_tree(self.path(f'.{digits}'))
+            gone = []
+            for digits in self.present() - wanted:
+                if not self._pins[digits]:
+                    gone.append(self.path(f'.{digits}.{next(self._numbers)}'))
+                    os.rename(self.path(digits), gone[-1])  # whole or not at all, however we end
+        for path in gone:
+            remove_tree(path)
 
     def pin_present(self):
         """Keep those that are stored from being collected; the set, for unpin()."""

@@ -618,6 +618,7 @@ def zstd_starter():
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork() == 0:
         ours.close()
+        keep_capabilities()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
         while True:
             _, fds, _, _ = socket.recv_fds(theirs, 1, 3)

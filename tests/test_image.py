@@ -240,7 +240,7 @@ class Folders(Staged):
     @inside.inside
     def test_what_is_no_tar_or_was_cut_is_refused(self):
         whole = archive(HANDLER, ('big', bytes(100_000)))
-        for bad in (b'', b'PK\3\4' + bytes(600), os.urandom(5000), whole[:3000], whole[:700], b'x' * 511):
+        for bad in (b'', b'PK\3\4' + bytes(600), os.urandom(5000), whole[:3000], whole[:700], whole[:512], b'x' * 511):
             with self.subTest(len(bad)):
                 self.refuse(bad, '.')
 
