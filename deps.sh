@@ -63,12 +63,15 @@ missing_packages() {
     have ip || echo iproute2
     have ping || echo iputils-ping
     have curl || echo curl
+    have zstd || echo zstd
     [ -x /usr/bin/python3 ] || echo python3         # functions run with it, whichever python3 runs faasd
     [ "$purpose" = test ] || return 0
     have dig || echo bind9-dnsutils
     have ps || echo procps
     have debootstrap || echo debootstrap
     have systemd-nspawn || echo systemd-container
+    have podman || echo podman
+    have skopeo || echo skopeo
 }
 
 coredns_suffices() {

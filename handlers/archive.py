@@ -112,17 +112,17 @@ class Reader:
 
 
 class SectionReader(Reader):
-    """Reads a section: what is skipped is never read, and long files are copied by the kernel."""
+    """Reads a section: what is skipped is never read, and files that are not small are copied by the kernel."""
 
-    LONG = 1 << 17
+    SMALL, CHUNK = 1 << 14, 1 << 15
 
-    def __init__(self, section, chunk=CHUNK):
+    def __init__(self, section):
         super().__init__(())
-        self._section, self._chunk = section, chunk
+        self._section = section
 
     def _fill(self):
         fd, start, size = self._section
-        self._view = memoryview(os.pread(fd, min(self._chunk, size - self.at), start + self.at))
+        self._view = memoryview(os.pread(fd, min(self.CHUNK, size - self.at), start + self.at))
         return bool(self._view)
 
     def skip(self, size):
@@ -132,10 +132,9 @@ class SectionReader(Reader):
         return size
 
     def copy(self, size, fd):
-        if size >= self.LONG:
+        if size > self.SMALL:
             at, end = self._section.at + self.at, self._section.at + min(self.at + size, self._section.size)
             while at < end:
-                # Not copy_file_range: that goes through smaller pieces where the filesystem cannot share blocks.
                 done = os.sendfile(fd, self._section.fd, at, end - at)
                 if not done:
                     break
@@ -318,7 +317,8 @@ def members(reader):
         most_ns = MOST_SECONDS * 1_000_000_000
         end = reader.at + size
         yield Member(name, kind, mode, uid, gid, size, max(-most_ns, min(mtime_ns, most_ns)), link)
-        if reader.at < end and reader.skip(end - reader.at) and reader.at < end:
+        left = end - reader.at
+        if reader.skip(left) < left:
             raise ImageError(f'the archive ends in the middle of {show(name)}', 'send it again')
         pad(reader, size)
     if first:
@@ -347,10 +347,10 @@ def records(data):
     said = {}
     try:
         while data:
-            length, rest = data.split(b' ', 1)
-            record, data = data[len(length) + 1 : int(length)], data[int(length) :]
+            digits = data.split(b' ', 1)[0]
+            record, data = data[len(digits) + 1 : int(digits)], data[int(digits) :]
             key, value = record.split(b'=', 1)
-            if not value.endswith(b'\n'):
+            if not value.endswith(b'\n') or int(digits) < 0:
                 raise ValueError
             value = value[:-1]
             if key in (b'path', b'linkpath'):
@@ -389,9 +389,9 @@ class Archive:
     def __init__(self, fd):
         self.whole = Section(fd, 0, os.fstat(fd).st_size)
         self._members = {}
-        reader = SectionReader(self.whole, chunk=BLOCK * 8)
-        for member in members(reader):
-            if len(self._members) >= MOST_MEMBERS:
+        reader = SectionReader(self.whole)
+        for count, member in enumerate(members(reader)):
+            if count >= MOST_MEMBERS:
                 raise ImageError(f'more than {MOST_MEMBERS} files and folders', 'leave out what it does not need')
             with contextlib.suppress(ImageError):  # said when it is unpacked, and an image has no use for it
                 self._members[b'/'.join(parts(member.name))] = member, Section(fd, reader.at, member.size)

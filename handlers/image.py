@@ -2,17 +2,16 @@
 
 A revision is `functions/ID/REVISION/` with its spec.json, and a folder's files in tree/. Images share
 `layers/SHA256/`, named by what a layer unpacks to. Layers lie there as they are mounted: with their owners' ids moved
-up by id_base, which are nobody's on this machine, and with overlayfs's marks (mount option userxattr) for what they
-take away.
+up by id_base, which are nobody's on this machine, and with overlayfs's marks for what they take away.
 """
 
 import collections
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import tempfile
 import threading
@@ -157,6 +156,12 @@ def tree(folder):
     return os.path.join(folder, 'tree') if os.path.exists(os.path.join(folder, 'spec.json')) else folder
 
 
+def remove_tree(path):
+    """Remove a folder that strangers filled, if it is there: through links it may be deeper than Python can recurse."""
+    with contextlib.suppress(shell.CommandError):
+        shell.run(['rm', '-rf', '--', path], timeout_s=300)
+
+
 # Layers
 
 
@@ -169,13 +174,14 @@ class Layers:
     def __init__(self, folder):
         self.folder = folder
         self._lock, self._pins = threading.Lock(), collections.Counter()
+        self._numbers = itertools.count()
 
     def prepare(self):
         """Make the folder, and remove what a killed run left half done. Raises OSError."""
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
         for name in os.listdir(self.folder):
             if name.startswith('.'):
-                shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
+                remove_tree(os.path.join(self.folder, name))
 
     def path(self, digits):
         return os.path.join(self.folder, digits)
@@ -190,12 +196,13 @@ class Layers:
     def collect(self, wanted):
         """Remove what is not in wanted() and not needed by a Staging under way."""
         with self._lock:  # what a Staging lets go of while this looks around is named by then
-            kept = wanted()
-            gone = [digits for digits in self.present() if digits not in kept and not self._pins[digits]]
-            for digits in gone:  # whole or not at all, however we end
-                os.rename(self.path(digits), self.path(f'.{digits}'))
-        for digits in gone:
-            shutil.rmtree(self.path(f'.{digits}'), ignore_errors=True)
+            gone = []
+            for digits in self.present() - wanted():
+                if not self._pins[digits]:
+                    gone.append(self.path(f'.{digits}.{next(self._numbers)}'))
+                    os.rename(self.path(digits), gone[-1])  # whole or not at all, however we end
+        for path in gone:
+            remove_tree(path)
 
     def pin_present(self):
         """Keep those that are stored from being collected; the set, for unpin()."""
@@ -246,7 +253,7 @@ class Staging:
         return self
 
     def __exit__(self, *_):
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_tree(self._folder)
         self._layers.unpin(self._pinned)
         self._pinned = set()
 
@@ -278,6 +285,9 @@ class Staging:
                     raise ValueError(f'it did not make {name}')
             if missing := set(self.spec.layers) - self._pinned - set(self._new):
                 raise ValueError(f'it did not make {len(missing)} layers')
+            for digits, folders in answer['opaque'].items():
+                for folder in folders if digits in self._new else ():
+                    make_opaque(os.path.join(self._work, digits), folder)
         except (KeyError, TypeError, ValueError) as error:
             raise ImageError(f'the archive cannot be unpacked: {error}') from error
         needed = set(self.spec.layers)
@@ -325,10 +335,33 @@ class Staging:
                 os.rename(os.path.join(self._work, 'tree'), os.path.join(revision, 'tree'))
             shell.write_file(os.path.join(revision, 'spec.json'), self.spec.to_json())
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
             os.rename(revision, path)
             shell.sync_folder(os.path.dirname(path))
             shell.sync_folder(os.path.dirname(os.path.dirname(path)))
+
+
+def make_opaque(top, path):
+    """Mark the folder `path` below `top` so that overlayfs shows nothing of the layers under it.
+
+    An attribute that only the daemon can set: a tmpfs takes those of users since Linux 6.6 alone, and overlayfs must be
+    able to set the same in an instance's writable layer.
+    """
+    fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        for name in path.split('/'):
+            if name == '..':
+                raise ValueError(f'{path!r} leads out of its layer')
+            if name:
+                below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+                os.close(fd)
+                fd = below
+        os.setxattr(fd, 'trusted.overlay.opaque', b'y')
+        os.fsync(fd)
+    except (FileNotFoundError, NotADirectoryError):  # removed by what came later in the layer
+        pass
+    finally:
+        os.close(fd)
 
 
 def one_line(text):

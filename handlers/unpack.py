@@ -36,12 +36,14 @@ FOLDER_ENTRIES, FOLDER_DEPTH = 20_000, 32
 IMAGE_ENTRIES, IMAGE_DEPTH = 500_000, 128
 MOST_ID = 65535
 MOST_SETTINGS = 64 << 10  # bytes of a faas.toml or a Procfile
-MOST_ANSWER = 8 << 20
+MOST_ANSWER = 1 << 20
 CPU_S, MEMORY = 600, 1 << 30  # of each process
 AT_ONCE = os.cpu_count() or 1
 
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x8000000, 0x10000000, 0x20000000, 0x40000000
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+CAPABILITY_VERSION = 0x20080522
+CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SYS_CHROOT = 0, 1, 3, 4, 18  # what a tree of many owners takes
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -108,12 +110,12 @@ class Meter:
 class Root:
     """This process's root folder while it is filled with a layer: what comes later takes the place of what was there.
 
-    What a layer takes away from those below it is written as overlayfs reads it with `userxattr`: a character device
-    0:0, an opaque folder.
+    What a layer takes away from those below it is written as overlayfs reads it: a character device 0:0. `opaque` has
+    the folders that hide those of the same name; to mark them takes privileges.
     """
 
     def __init__(self, meter):
-        self._meter = meter
+        self._meter, self.opaque = meter, set()
         self._folders = {}  # path → its member: its mode might shut us out, its time would not last
 
     def fill(self, reader):
@@ -266,16 +268,20 @@ class Root:
         return self._make(folder + hidden, lambda: os.mknod(folder + hidden, stat.S_IFCHR, 0))
 
     def _make_opaque(self, folder):
-        os.setxattr(folder, b'user.overlay.opaque', b'y')
+        self.opaque.add(os.fsdecode(os.path.realpath(folder)))
 
 
 def do_layer(layer, name, start_zstd, meter, write):
-    """Check a layer's digests, and unpack it as the folder `name` here if `write`. Raises ImageError."""
+    """Check a layer's digests, and unpack it as the folder `name` here if `write`; its opaque folders.
+
+    Raises ImageError.
+    """
+    root = Root(meter)
     packed = layer.section.packed()
     blob = archive.Digest(layer.section.chunks()) if layer.blob or not packed else None
     if not packed:
         content, reader = blob, archive.SectionReader(layer.section)
-        meter.bytes(layer.section.size)
+        meter.bytes(layer.section.size if write else 0)
     elif write or not blob:
         unpacked = archive.unpacked(layer.section, packed, start_zstd)
         content = archive.Tap(meter.chunks(unpacked))
@@ -286,12 +292,13 @@ def do_layer(layer, name, start_zstd, meter, write):
         os.mkdir(name, 0o755)
         os.chroot(name)
         os.chdir('/')
-        Root(meter).fill(reader)
+        root.fill(reader)
     if reader:
         reader.skip(sys.maxsize)  # to its end: what follows the tar counts for the digest
     for what, digest, expected in (('blob', blob, layer.blob), ('content', content, layer.diff_id)):
         if digest and expected and digest.hex() != expected:
             raise ImageError(f'its {what} has another digest than sha256:{expected}', 'save the image again')
+    return sorted(root.opaque)
 
 
 # A folder
@@ -328,6 +335,8 @@ def fill_folder(reader):
 
 def put_in_folder(name, member, reader):
     folder = os.path.dirname(name)
+    if os.path.realpath(folder) != os.path.join('/', folder):  # or it might lie deeper than it says
+        raise ImageError(f'{show(name)} goes through a link', FOLDER_HINT)
     os.makedirs(folder or '.', mode=0o755, exist_ok=True)
     if member.kind == 'folder':
         os.makedirs(name, mode=0o755, exist_ok=True)
@@ -614,6 +623,7 @@ def zstd_starter():
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork() == 0:
         ours.close()
+        keep_capabilities()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
         while True:
             _, fds, _, _ = socket.recv_fds(theirs, 1, 3)
@@ -659,7 +669,7 @@ def do_archive(order, fd, start_zstd):
     else:
         meter = Bounds(1, order['most_bytes'], FOLDER_ENTRIES).meter(0)
         (spec,) = side_by_side([lambda: do_folder(opened.whole, 'tree', meter)])
-        answer = {'spec': spec, 'layers': []}
+        answer = {'spec': spec, 'layers': [], 'opaque': {}}
     os.ftruncate(fd, 0)  # what nobody needs is not written to the disk
     here = os.open('.', os.O_RDONLY)
     call(libc.syncfs(here))
@@ -679,14 +689,14 @@ def do_image(opened, order, start_zstd):
             stored.add(layer.diff_id)
             written.append(layer.diff_id)
         jobs[layer] = layer_job(layer, place, start_zstd, bounds.meter(place), new)
-    side_by_side(list(jobs.values()))
-    return {'spec': spec, 'layers': written}
+    opaque = dict(zip((layer.diff_id for layer in jobs), side_by_side(list(jobs.values())), strict=True))
+    return {'spec': spec, 'layers': written, 'opaque': opaque}
 
 
 def layer_job(layer, place, start_zstd, meter, new):
     def job():
         try:
-            do_layer(layer, layer.diff_id, start_zstd, meter, new)
+            return do_layer(layer, layer.diff_id, start_zstd, meter, new)
         except ImageError as error:
             raise ImageError(f'layer {place + 1}: {error}', error.hint) from error
 
@@ -716,7 +726,15 @@ def confine(order, tell, heard):
     os.fchdir(folder)
     os.close(folder)
     os.chroot('.')
+    keep_capabilities(CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SYS_CHROOT)
     return start_zstd
+
+
+def keep_capabilities(*kept):
+    """Give up all others. A process behind chroot cannot get them back in another user namespace."""
+    bits = sum(1 << each for each in kept)
+    header = struct.pack('Ii', CAPABILITY_VERSION, 0)
+    call(libc.capset(header, struct.pack('6I', bits, bits, 0, 0, 0, 0)))
 
 
 def run(order, work):
@@ -731,6 +749,9 @@ def run(order, work):
         def job():
             for fd in (heard[0], told[1], reader):
                 os.close(fd)
+            null = os.open('/dev/null', os.O_WRONLY)  # what it says is bounded, and said by `writer`
+            os.dup2(null, 1)
+            os.dup2(null, 2)
             return work(confine(order, heard[1], told[0]))
 
         answer_and_exit(job, writer)
@@ -746,6 +767,8 @@ def run(order, work):
         said += chunk
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)  # PID 1 of all the others
+    if len(said) >= MOST_ANSWER:
+        raise ImageError('its command and settings are too long')
     return value_of(said)
 
 

@@ -24,6 +24,7 @@ INDEX = 'application/vnd.oci.image.index.v1+json'
 LAYER = 'application/vnd.oci.image.layer.v1.tar'
 MANIFEST = 'application/vnd.oci.image.manifest.v1+json'
 REF_NAME = 'org.opencontainers.image.ref.name'
+ZSTD_MAGIC = b'\x28\xb5\x2f\xfd'
 CHUNK = 1 << 20
 
 

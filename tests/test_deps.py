@@ -42,7 +42,7 @@ class Deps(unittest.TestCase):
         self.host = self.enterContext(lab.Host('fresh'))
         self.host.run(['rm', '-rf', '/usr/local/go'])
         self.put('/usr/local/bin/coredns', COREDNS.format('1.12.0'))
-        for program in ('wg', 'runc', 'nft', 'ping', 'curl', 'wireguard-go', 'ip'):
+        for program in ('wg', 'runc', 'nft', 'ping', 'curl', 'wireguard-go', 'ip', 'zstd'):
             self.put(f'/usr/local/sbin/{program}', '#!/bin/sh\n')
         self.put('/usr/bin/apt-get', APT_GET)
 
