@@ -341,10 +341,11 @@ class Program(Instance):
             end = int.from_bytes(socket.inet_pton(socket.AF_INET6, end)[-4:], 'big')
             loop.wait(self.pool.front.probe, end, port)
             client.connect((self.pool.front.ipv6, 80))
-            with contextlib.suppress(ConnectionError):
-                heard = b''
+            try:
                 client.sendall(b'GET / HTTP/1.0\r\nHost: %s.faas\r\n\r\n' % self.pool.name.encode())
                 heard = client.recv(1)
+            except ConnectionError:
+                heard = b''
         loop.call(self._probed, where, heard)
 
     def _probed(self, where, heard):

@@ -96,6 +96,13 @@ class Stranger:
                 socket.send_fds(self.channel, [b'C'], [connection.fileno()])
                 return self.hear()
 
+    def give_listener(self):
+        """Hand it the function's listener itself, as an injected server has it."""
+        assert self.hear() == 'ready'
+        with listening() as listener:
+            socket.send_fds(self.channel, [b'C'], [listener.fileno()])
+            return self.hear()
+
     def hear(self):
         return self.channel.recv(4096).decode()
 
@@ -136,6 +143,17 @@ def join_a_listener(connection, channel):
     connection.bind((ADDRESS, 80, 0, 0))
     connection.listen()
     return 'joined'
+
+
+def reach_the_host_by_a_listener(listener, channel):
+    listener.shutdown(socket.SHUT_RDWR)
+    return reach_the_host(listener, channel)
+
+
+def bind_a_listener_elsewhere(listener, channel):
+    listener.shutdown(socket.SHUT_RDWR)
+    disconnect(listener)
+    listener.bind(('::', 0, 0, 0))
 
 
 def take_the_mark_off(connection, channel):
@@ -185,6 +203,24 @@ class PassedSocket(unittest.TestCase):
         without, with_rules, again = inside.call(self.server, attack)
         self.assertEqual(('the database', 'the database'), (without, again), 'the attack itself does not work')
         self.assertEqual('TimeoutError: timed out', with_rules)
+
+    def test_a_listener_does_not_either_and_stays_where_it_is_bound(self):
+        def attack():
+            self.kept = manager = prepare()
+            told = []
+            with database():
+                for load in (None, manager.load_rules):
+                    if load:
+                        load()
+                    with Stranger(reach_the_host_by_a_listener) as stranger:
+                        told.append(stranger.give_listener())
+            with Stranger(bind_a_listener_elsewhere) as stranger:
+                return [*told, stranger.give_listener()]
+
+        without, with_rules, bound = inside.call(self.server, attack)
+        self.assertEqual('the database', without, 'the attack itself does not work')
+        self.assertEqual('TimeoutError: timed out', with_rules)
+        self.assertRegex(bound, 'Invalid argument')
 
     def test_it_opens_no_port(self):
         came = {}
