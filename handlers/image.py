@@ -11,6 +11,7 @@ import errno
 import itertools
 import json
 import os
+import queue
 import re
 import signal
 import tempfile
@@ -231,6 +232,36 @@ class Layers:
 # A revision
 
 
+class Writer:
+    """Writes to an unbuffered file beside the caller, who meanwhile reads what comes next."""
+
+    def __init__(self, file):
+        self._file, self._chunks, self._error = file, queue.Queue(4), None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        for chunk in iter(self._chunks.get, None):
+            try:
+                while chunk and not self._error:
+                    chunk = chunk[self._file.write(chunk) :]
+            except OSError as error:
+                self._error = error
+
+    def write(self, chunk):
+        """Have it written soon. Raises OSError when an earlier one could not be."""
+        if self._error:
+            raise self._error
+        self._chunks.put(chunk)
+
+    def close(self):
+        """Wait until all is written. Raises OSError when it could not be."""
+        self._chunks.put(None)
+        self._thread.join()
+        if self._error:
+            raise self._error
+
+
 class Staging:
     """A folder below `functions` in which a revision grows, for as long as the context lasts.
 
@@ -263,15 +294,15 @@ class Staging:
         Returns its Spec. Raises ImageError; EOFError if it is cut; what read() raises.
         """
         with disk_full_is_named(), tempfile.TemporaryFile(dir=self._folder, buffering=0) as spool:
-            while length is None or length:
-                chunk = read(CHUNK if length is None else min(length, CHUNK))
-                if not chunk:
-                    if length is None:
-                        break
-                    raise EOFError
-                length = length and length - len(chunk)
-                while chunk:
-                    chunk = chunk[spool.write(chunk) :]
+            with contextlib.closing(Writer(spool)) as writer:
+                while length is None or length:
+                    chunk = read(CHUNK if length is None else min(length, CHUNK))
+                    if not chunk:
+                        if length is None:
+                            break
+                        raise EOFError
+                    length = length and length - len(chunk)
+                    writer.write(chunk)
             spool.seek(0)
             self._pinned = self._layers.pin_present()
             answer = self._unpack(spool)

@@ -64,8 +64,8 @@ def big(size, files, folder='data'):
     """A layer of `files` files with `size` bytes in all, as a callable."""
 
     def write(out):
-        with tarfile.open(fileobj=out, mode='w|', format=tarfile.GNU_FORMAT, bufsize=CHUNK) as tar:
-            block = os.urandom(CHUNK)
+        with tarfile.open(fileobj=out, mode='w', format=tarfile.GNU_FORMAT) as tar:
+            block = os.urandom(CHUNK) * 2
             for number in range(files):
                 info, _ = member(f'{folder}/{number % 100:02}/{number:06}', b'', mtime=1_700_000_000)
                 info.size = size // files
@@ -78,15 +78,10 @@ class _Repeated:
     """A file of endless bytes."""
 
     def __init__(self, block, start):
-        self._block, self._at = block, start
+        self._block, self._start = block, start
 
     def read(self, count):
-        out = bytearray()
-        while len(out) < count:
-            at = self._at % len(self._block)
-            out += self._block[at : at + count - len(out)]
-            self._at += len(out)
-        return bytes(out)
+        return self._block[self._start : self._start + count]
 
 
 def sha256(data):
@@ -216,7 +211,7 @@ def joined(*several):
 
 def write(files, out, format=tarfile.PAX_FORMAT):
     """Write an archive of {name: bytes, text for a symbolic link, or Layer} to a file."""
-    with tarfile.open(fileobj=out, mode='w|', format=format, bufsize=CHUNK, copybufsize=CHUNK) as tar:
+    with tarfile.open(fileobj=out, mode='w', format=format, copybufsize=CHUNK) as tar:
         for name, content in files.items():
             if isinstance(content, Layer):
                 info, _ = member(name)
