@@ -422,13 +422,15 @@ class Faasd:
 
         limits = container.Limits(settings['memory'], settings['pids'], settings['cpus'])
         prefix = f'faas-{self.registry.instance}'
+        self._layers = image.Layers(f'{STATE}/layers')
+        self._layers.prepare()
+        self._layers_base = self._layers.id_base(settings['id_base'])
         containers = container.Containers(
-            prefix, limits, RUN, settings['id_base'], settings['cgroup'], settings['runtime']
+            prefix, limits, RUN, settings['id_base'], settings['cgroup'], settings['runtime'], self._layers_base
         )
         undo(containers.close)
         live = {function.name: function.revision for function in self.registry.functions()}
         left = containers.prepare(lambda record: live.get(record['function']) == record['revision'])
-        self._layers = image.Layers(f'{STATE}/layers')
         self.vpn.load_rules()  # before the first listener, until after the last instance
         undo(self._unless_left, self.vpn.remove_rules)
         self._remove_stray_files()
@@ -457,7 +459,12 @@ class Faasd:
         self.addresses.sync()
         adoptable = self._adoptable(containers, left)
         for function in self.registry.functions():
-            self._open(function, self._revision(function, function.revision), *adoptable.get(function.name, ()))
+            revision = None
+            try:
+                revision = self._revision(function, function.revision)
+            except (OSError, ValueError) as error:  # the others are not to blame
+                self.emit('handler', f'{function.name}: {error}: deploy it again', name=function.name, problem=True)
+            self._open(function, revision, *(adoptable.get(function.name, ()) if revision else ()))
         self.zone.sync()
         forwarders = settings['dns_forward'] or dns_manager.default_forwarders(
             own=(registry.GATEWAY, registry.ZONE_SERVER)
@@ -660,7 +667,6 @@ class Faasd:
                 for revision in folder.iterdir():
                     if revision.is_dir() and revision.name != live[folder.name]:
                         shutil.rmtree(revision, ignore_errors=True)
-        self._layers.prepare()
         self._collect_layers()
 
     def _forget(self, folder):
@@ -676,7 +682,10 @@ class Faasd:
                 for layer in image.read_spec(path.parent).layers
             }
 
-        self._attempt(self._layers.collect, wanted)
+        try:
+            self._attempt(self._layers.collect, wanted)
+        except ValueError as error:  # a spec that cannot be read may need any of them
+            self.emit('handler', f'Layers are kept for now: {error}', problem=True)
 
     def _adoptable(self, containers, left):
         """{function: (Container, its listener)} of what a faasd that is no more has left; the rest is ended."""
@@ -746,7 +755,7 @@ class Faasd:
                 image.Staging(
                     f'{STATE}/functions',
                     self._layers,
-                    id_base=self.settings['id_base'],
+                    id_base=self._layers_base,
                     most_bytes=self.settings['max_unpacked'],
                     reference=reference,
                 )

@@ -48,8 +48,9 @@ class ContainerError(Exception):
 class Containers:
     """Makes and removes the containers of one server; `prefix` tells them from another server's on the same kernel."""
 
-    def __init__(self, prefix, limits, run_dir='/run/faasd', id_base=0x70000000, cgroup='', runtime='runc'):
+    def __init__(self, prefix, limits, run_dir='/run/faasd', id_base=0x70000000, cgroup='', runtime='runc', layers_base=None):
         self.prefix, self.limits, self._id_base = prefix, limits, id_base
+        self._layers_base = layers_base or id_base  # the first of the ids that own the files of layers
         self._cgroup = f'{cgroup}/{prefix}'
         self._rootfs, self._instances = os.path.join(run_dir, 'rootfs'), os.path.join(run_dir, 'instances')
         self._image = os.path.join(run_dir, 'image')  # where each instance of an image sees its own root file system
@@ -221,7 +222,7 @@ class Containers:
         """The user namespace that maps the owners of layers to the range from `base`; made once, and kept."""
         with self._lock:
             if base not in self._mappings:
-                self._mappings[base] = shell.user_namespace(f'{self._id_base} {base} {ID_RANGE}')
+                self._mappings[base] = shell.user_namespace(f'{self._layers_base} {base} {ID_RANGE}')
             return self._mappings[base]
 
     def remove(self, container):

@@ -184,6 +184,14 @@ class Layers:
             if name.startswith('.'):
                 remove_tree(os.path.join(self.folder, name))
 
+    def id_base(self, wanted):
+        """The first of the ids that own the files of layers: `wanted`, unless layers are there that have others."""
+        path = os.path.join(self.folder, 'id_base')
+        if not self.present():
+            shell.write_file(path, f'{wanted}\n', 0o600)
+        with open(path) as file:
+            return int(file.read())
+
     def path(self, digits):
         return os.path.join(self.folder, digits)
 

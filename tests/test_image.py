@@ -957,6 +957,15 @@ class Images(Staged):
         self.refuse(written({**nested, 'index.json': b'{"manifests": []}'}), 'holds no image')
 
     @inside.inside
+    def test_layers_keep_the_ids_that_they_were_unpacked_with(self):
+        layers = image.Layers('/var/lib/some-layers')
+        layers.prepare()
+        self.assertEqual(1000000, layers.id_base(1000000))
+        self.assertEqual(2000000, layers.id_base(2000000))
+        os.mkdir(layers.path('0' * 64))
+        self.assertEqual(2000000, layers.id_base(1000000))
+
+    @inside.inside
     def test_shared_layers_are_stored_once_and_go_with_the_last(self):
         top = images.layer(('top', b'x'))
         base, _ = self.image(BASE, top)
