@@ -48,7 +48,9 @@ class ContainerError(Exception):
 class Containers:
     """Makes and removes the containers of one server; `prefix` tells them from another server's on the same kernel."""
 
-    def __init__(self, prefix, limits, run_dir='/run/faasd', id_base=0x70000000, cgroup='', runtime='runc', layers_base=None):
+    def __init__(
+        self, prefix, limits, run_dir='/run/faasd', id_base=0x70000000, cgroup='', runtime='runc', layers_base=None
+    ):
         self.prefix, self.limits, self._id_base = prefix, limits, id_base
         self._layers_base = layers_base or id_base  # the first of the ids that own the files of layers
         self._cgroup = f'{cgroup}/{prefix}'
