@@ -53,6 +53,7 @@ ENV_FILE = '/etc/faasd/faasd.env'
 
 PR_SET_CHILD_SUBREAPER = 36
 MOST_JSON = 64 << 10  # bytes of a JSON request body
+MOST_DRAINED = 16 << 20  # bytes that are read of what was refused
 FUNCTIONS = 'fd00:faa5:1::/48'
 TICK_S, CLOSELY_TICKS = 1, 5  # how often the guard looks, and looks closely
 
@@ -744,11 +745,7 @@ class Faasd:
         """
         registry.check_name(name, registry.RESERVED)
         if length is not None and length > self.settings['max_upload']:
-            raise RequestError(
-                413,
-                f'{length} bytes are more than FAAS_MAX_UPLOAD, {self.settings["max_upload"]}',
-                'leave out what the function does not need, or raise the setting',
-            )
+            raise too_large(f'{length} bytes are', self.settings['max_upload'])
         with self._change(), contextlib.ExitStack() as undo:
             undo.callback(self._collect_layers)
             staging = undo.enter_context(
@@ -1235,6 +1232,53 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.server_close()
 
 
+def too_large(what, most):
+    return RequestError(
+        413,
+        f'{what} more than FAAS_MAX_UPLOAD, {most}',
+        'leave out what the function does not need, or raise the setting',
+    )
+
+
+class Chunks:
+    """The body of a chunked request (RFC 9112 7.1), read from a buffered file. Raises RequestError, EOFError."""
+
+    LINE, TRAILERS = 4096, 64
+
+    def __init__(self, file):
+        self._file, self._left, self._first, self._over = file, 0, True, False
+
+    def read(self, most):
+        """Some of what comes next, at most `most` bytes; b'' at the end."""
+        if not self._left and not self._over:
+            if not self._first and self._line():
+                raise RequestError(400, 'a chunk is longer than it says')
+            self._first = False
+            size = self._line().partition(b';')[0].strip()
+            if not re.fullmatch(rb'[0-9a-fA-F]{1,8}', size):
+                raise RequestError(400, 'a chunk has no size')
+            self._left = int(size, 16)
+            self._over = not self._left
+            for _ in range(self.TRAILERS if self._over else 0):
+                if not self._line():
+                    break
+        if self._over:
+            return b''
+        data = self._file.read1(min(most, self._left))
+        if not data:
+            raise EOFError
+        self._left -= len(data)
+        return data
+
+    def _line(self):
+        line = self._file.readline(self.LINE)
+        if not line:
+            raise EOFError
+        if not line.endswith(b'\r\n'):
+            raise RequestError(400, 'a chunk has no end of line')
+        return line[:-2]
+
+
 def source(client_address):
     """Whom an address stands for: IPv6 networks are given out by the /64, and the unix socket has no addresses."""
     if not client_address:
@@ -1304,7 +1348,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         pass  # what happens is an event; a request as such is none
 
     def do_GET(self):
-        self._unread = 0
+        self._unread, self._chunks = 0, None
         try:
             self._answer_request()
         except OSError as error:
@@ -1328,7 +1372,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         if not any(path == route for _, route in self.ROUTES):
             path, _, name = path.rpartition('/')
             path, name = f'{path}/*', urllib.parse.unquote(name)
-        self._body_length()
+        self._body_length(path)
         methods = [method for method, route in self.ROUTES if route == path]
         caller = self.server.caller(self.client_address)
         self._refuse_browsers(caller)
@@ -1353,12 +1397,18 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         if 'Origin' in self.headers or (caller.role in ('peer', 'admin') and not ours):
             raise RequestError(403, 'this is no API for web pages')
 
-    def _body_length(self):
+    def _body_length(self, path):
         """Note how long the body is. Raises RequestError when that is not said as it must be."""
-        if self.headers.get('Transfer-Encoding'):
-            self.close_connection = True
-            raise RequestError(411, 'a chunked body is not taken', 'send Content-Length')
         text = self.headers.get('Content-Length')
+        if coding := self.headers.get('Transfer-Encoding'):
+            self.close_connection = True
+            if text is not None:
+                raise RequestError(400, 'both Content-Length and Transfer-Encoding')
+            if (self.command, path) != ('POST', '/api/new') or coding.lower() != 'chunked':
+                raise RequestError(411, f'a body that is {coding[:40]} is not taken', 'send Content-Length')
+            self._chunks = Chunks(self.rfile)
+            self._unread = MOST_DRAINED
+            return
         if text is None and self.command == 'POST':
             raise RequestError(411, 'Content-Length is missing')
         if text is not None and not re.fullmatch('[0-9]{1,18}', text):
@@ -1367,6 +1417,8 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         self._unread = int(text or 0)
 
     def _read(self, most):
+        if self._chunks:
+            return self._chunks.read(most)
         data = self.rfile.read1(min(most, self._unread))
         self._unread -= len(data)
         return data
@@ -1396,7 +1448,8 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
                 self.connection.settimeout(1)
-                for _ in range(64):
+                self._chunks = None  # whatever they are
+                for _ in range(MOST_DRAINED >> 18):
                     if not self._unread or not self._read(1 << 18):
                         break
 
@@ -1441,12 +1494,29 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
 
     def _new(self, caller, _):
         self._deadline.cancel()
-        name = self._query.get('name', '')
+        name, reference = self._query.get('name', ''), self._query.get('image')
+        read, length = self._read, self._unread
+        if self._chunks:
+            read, length = self._bounded(self.server.faasd.settings['max_upload']), None
         try:
-            answer = self.server.faasd.new(name, self._read, self._unread)
+            answer = self.server.faasd.new(name, read, length, reference)
         except EOFError:
             self._cut_off()
+        self._unread = 0
         self._json(answer)
+
+    def _bounded(self, most):
+        """A read(n) for a body of which nobody has said how long it is."""
+
+        def read(count):
+            nonlocal most
+            data = self._read(count)
+            most -= len(data)
+            if most < 0:
+                raise too_large('the archive is', self.server.faasd.settings['max_upload'])
+            return data
+
+        return read
 
     def _list(self, caller, _):
         self._json(self.server.faasd.list())
