@@ -372,6 +372,7 @@ class Faasd:
         self._handover = self._left_behind = False
         self._stopping, self._end = threading.Event(), os.eventfd(0, os.EFD_CLOEXEC)  # the second wakes the guard
         self._functions = {}  # id → (Function, Pool)
+        self._pools = {}  # the same, and those that are about to end
         self._changes, self._changed = 0, threading.Condition()  # how many are under way
         self._children = {}  # what standalone supervises: name → process
         self._ailing = {}  # what is wrong now: area → text
@@ -708,7 +709,7 @@ class Faasd:
         its_pool = pool.Pool(function.name, container.Log(f'{self._folder(function)}/log'), self._around)
         its_pool.revision = revision
         self.server.add_listener(function.ipv6, function.name, its_pool, sock)
-        self._functions[function.id] = function, its_pool
+        self._functions[function.id] = self._pools[function.id] = function, its_pool
         if left:
             self.loop.wait(its_pool.adopt, left, sock)
         return its_pool
@@ -718,16 +719,21 @@ class Faasd:
         _, its_pool = self._functions.pop(function.id, (None, None))
         if its_pool and self._handover:
             self.loop.wait(self._leave, function, its_pool)
-        if its_pool and its_pool.serves_itself():
-            end = its_pool.close(within_s)
-            end.add_done_callback(lambda _: self.server.remove(function.ipv6))  # in the loop's thread
-            return end
-        self.server.remove_listener(function.ipv6)
+        serves_itself = its_pool and its_pool.serves_itself()
+        if not serves_itself:
+            self.server.remove_listener(function.ipv6)
         if its_pool:
-            return its_pool.close(within_s)
+            end = its_pool.close(within_s)
+            end.add_done_callback(lambda _: self._ended(function, serves_itself))  # in the loop's thread
+            return end
         done = concurrent.futures.Future()  # somebody else did it
         done.set_result(None)
         return done
+
+    def _ended(self, function, remove_listener):
+        self._pools.pop(function.id)
+        if remove_listener:
+            self.server.remove(function.ipv6)
 
     def _leave(self, function, its_pool):
         if its_pool.leave():
@@ -736,7 +742,9 @@ class Faasd:
 
     def _close_functions(self):
         ends = [self._shut(function, self.settings['stop_timeout']) for function, _ in list(self._functions.values())]
-        concurrent.futures.wait(ends, timeout=self.settings['stop_timeout'] + 30)
+        deadline = time.monotonic() + self.settings['stop_timeout'] + 30
+        while concurrent.futures.wait(ends, timeout=0.2).not_done and time.monotonic() < deadline:
+            self._attempt(self._look_at_connections)  # the guard, which does so otherwise, has ended
 
     def new(self, name, read, length, reference=None):
         """Deploy the archive that read(n) gives as `name`: `length` bytes, or to its end when that is None.
@@ -1097,7 +1105,7 @@ class Faasd:
         self.loop.call(self._spread, counts, now)
 
     def _spread(self, counts, now):
-        for function, its_pool in list(self._functions.values()):
+        for function, its_pool in list(self._pools.values()):
             its_pool.look(counts.get(str(ipaddress.ip_address(function.ipv6)), {}), now)
 
     def _look_after_rules(self):

@@ -496,6 +496,12 @@ class Container(NamedTuple):
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 
+    def catches(self, number):
+        """True if the first process has a handler for a signal; without one the kernel keeps it from that process."""
+        with contextlib.suppress(OSError), open(f'/proc/{self.pid}/status') as file:
+            return bool(int(re.search(r'SigCgt:\s*([0-9a-f]+)', file.read())[1], 16) >> number - 1 & 1)
+        return False
+
     def reap(self):
         """Wait for the end and close the pidfd; the exit code, 128 + N for signal N."""
         try:

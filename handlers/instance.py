@@ -279,7 +279,7 @@ class Program(Instance):
         self._injection = self._family = None
         self._asking = collections.deque()  # connections to /control.sock that wait for a descriptor
         self._inside = []  # where it listens, and that does not count
-        self._handed = self._signalled = False
+        self._handed = self._signalled = self._heeds = False
 
     @classmethod
     def adopt(cls, pool, revision, container, listener):
@@ -412,8 +412,11 @@ class Program(Instance):
         held = self.pool.connections_of(self._container, since)
         if not self._signalled and (held == 0 or waited >= min(GRACE_S, within_s / 2)):
             self._signalled = time.monotonic()
-            self._container.kill(signal_number(self.revision.spec.stop_signal))
-        ignored = self._signalled and time.monotonic() - self._signalled >= self._around.stop_timeout_s and held == 0
+            number = signal_number(self.revision.spec.stop_signal)
+            self._heeds = self._container.catches(number)
+            self._container.kill(number)
+        patience_s = self._around.stop_timeout_s if self._heeds else 0
+        ignored = self._signalled and time.monotonic() - self._signalled >= patience_s and held == 0
         if waited >= within_s or ignored:
             self.kill('did not stop in time')
         self._around.loop.later(LOOK_S, self._leave, since, within_s)

@@ -242,7 +242,7 @@ class Pool:
         """Take in how many connections the function's address has, {uid: number}, as of `counted`."""
         self._counts, self._counted = counts, counted
         serving = self._serving
-        if not self.front or not serving:
+        if not self.front or not serving or self._closed:
             return
         if listens_itself(serving) and not listener.listens(self.front.sock):
             self.front.revive()

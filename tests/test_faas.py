@@ -5,6 +5,7 @@ The client runs by the Python that runs the tests: `python3.9 -m tests test_faas
 import ast
 import base64
 import contextlib
+import gzip
 import hashlib
 import http.server
 import importlib.util
@@ -12,6 +13,7 @@ import io
 import json
 import os
 import pathlib
+import pty
 import re
 import shutil
 import signal
@@ -28,7 +30,7 @@ import unittest
 from importlib.machinery import SourceFileLoader
 from unittest import mock
 
-from tests import lab
+from tests import images, lab, serving
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 FAAS = REPO / 'faas'
@@ -1009,7 +1011,17 @@ class TestFolder(Case):
             self.fails('new', 'fib', 'lib/faas', says='no folder')
             self.assertEqual(self.fails('new', 'fib', 'a\n\x1bb').splitlines()[0], 'error: there is no folder a ?b')
             pathlib.Path('image.tar').write_bytes(b'')
-            self.fails('new', 'fib', 'image.tar', says='images are not supported yet')
+            self.fails('new', 'fib', 'image.tar', says='image.tar is no archive of an image')
+            self.folder({'faas.toml': 'command = ["node"]'}, 'other')
+            self.assertEqual(faas.find_function('other', None), os.path.realpath('other'))
+            self.fails('new', 'other', '--image', 'x', says='this is a folder', code=2)
+
+    def test_what_looks_like_an_archive(self):
+        tar = images.layer(('a', b'x'))
+        for start in (tar, gzip.compress(tar), b'\x28\xb5\x2f\xfd' + b'x' * 600):
+            self.assertTrue(faas.is_archive(start))
+        for start in (b'', b'x' * 512, bytes(512), tar[:511], tar[:148] + b'00000000' + tar[156:]):
+            self.assertFalse(faas.is_archive(start), start[:9])
 
 
 class TestMain(Case):
@@ -1242,6 +1254,134 @@ if [ $n = "$FAIL_AT" ]; then
 fi
 exec /real/%s "$@"
 '''
+
+
+
+
+@lab.needs_root
+class TestUploads(unittest.TestCase):
+    """`faas new` of images by every way in, to a real faasd: the program of the image is this machine's busybox."""
+
+    @classmethod
+    def setUpClass(cls):
+        if not (busybox := shutil.which('busybox')):
+            raise unittest.SkipTest('needs busybox, a static one')
+        cls.host = cls.enterClassContext(lab.Host('server'))
+        cls.server = cls.enterClassContext(serving.standalone(cls.host, FAAS_MAX_UPLOAD='400M'))
+        base = images.layer(('bin/busybox', pathlib.Path(busybox).read_bytes(), {'mode': 0o755}), ('www/', None))
+        cls.config = {'Cmd': ['/bin/busybox', 'httpd', '-f', '-p', '[::]:80', '-h', '/www']}
+        cls.layers = [base, images.layer(('www/index.html', b'from an image\n'))]
+        cls.small = images.image(cls.layers, cls.config)
+        cls.folder = cls.host.path('/root/uploads')
+        cls.folder.mkdir()
+        (cls.folder / 'small.tar').write_bytes(cls.small)
+
+    def sh(self, command, ok=(0,)):
+        return self.host.run(['sh', '-c', f'cd /root/uploads; {command}'], ok=ok, timeout_s=120)
+
+    def faas(self, words, ok=(0,)):
+        return self.sh(f'{words}'.replace('faas ', f'{lab.REPO}/faas ', 1), ok)
+
+    def serves(self, name, text='from an image\n'):
+        self.assertEqual(text, self.server.get(self.server.api('GET', f'/api/ip/{name}').json['ipv6']))
+
+    def big(self, size):
+        path = self.folder / 'big.tar'
+        images.image([*self.layers, images.big(size, 200)], self.config, path=str(path))
+        self.addCleanup(path.unlink)
+
+    def test_a_file_a_pipe_and_standard_input(self):
+        for number, command in enumerate((
+            'faas new NAME small.tar', 'cat small.tar | faas new NAME', 'faas new NAME <small.tar',
+            'cat small.tar | faas new NAME -', 'gzip <small.tar | faas new NAME', 'zstd <small.tar | faas new NAME -',
+            '(sleep 1.2; cat small.tar) | faas new NAME',
+        )):
+            with self.subTest(command):
+                before, call = command.split('faas ') if command.startswith(('cat', 'gzip', 'zstd', '(')) else ('', '')
+                call = call or command.removeprefix('faas ')
+                said = self.sh(f'{before}{lab.REPO}/faas {call}'.replace('NAME', f'way{number}'))
+                self.assertRegex(said.stdout, f'Deployed way{number} at fd00:')
+                self.assertEqual('', said.stderr)
+                self.serves(f'way{number}')
+
+    def test_a_pipe_that_brings_nothing_means_the_folder(self):
+        self.assertIn('Deployed hello', self.sh(f'true | {lab.REPO}/faas new hello').stdout)
+
+    def test_what_is_no_archive_is_said(self):
+        done = self.sh(f'echo hello | {lab.REPO}/faas new hello', ok=(1,))
+        self.assertRegex(done.stderr, r'\Aerror: standard input is no archive of an image.*\nhint: docker save IMAGE')
+
+    def test_several_images_and_which_one(self):
+        page = images.layer(('www/index.html', b'the other\n'))
+        other = images.files_of([self.layers[0], page], self.config, ref='b:2')
+        both = images.joined(images.files_of(self.layers, self.config, ref='a:1'), other)
+        with open(self.folder / 'both.tar', 'wb') as file:
+            images.write(both, file)
+        done = self.faas('faas new both both.tar', ok=(1,))
+        self.assertRegex(done.stderr, r'\Aerror: .*2 images.*a:1.*b:2.*\nhint: .*--image')
+        self.faas('faas new both both.tar --image b:2')
+        self.serves('both', 'the other\n')
+
+    def test_memory_stays_flat_on_both_sides(self):
+        self.big(200 << 20)
+        (daemon,) = self.host.run(['pgrep', '-f', '^[^ ]*python3? .*faasd.py']).stdout.split()[:1]
+
+        def resident():
+            status = self.host.path(f'/proc/{daemon}/status').read_text()
+            return int(re.search(r'VmHWM:\s*(\d+) kB', status)[1]) >> 10
+
+        self.faas('faas new flat small.tar')
+        before = resident()
+        measure = 'import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=2); '
+        measure += 'print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10)'
+        client = f"/usr/bin/python3 -c '{measure}' /usr/bin/python3 {lab.REPO}/faas new flat"
+        for way in (f'{client} big.tar', f'cat big.tar | {client}'):
+            self.assertLess(int(self.sh(way).stdout), 64, way)
+        self.assertLess(resident() - before, 32)
+
+    def test_an_interrupted_upload_leaves_nothing(self):
+        self.big(100 << 20)
+        functions = self.host.path('/var/lib/faasd/functions')
+        names, layers = set(os.listdir(functions)), set(os.listdir(functions.parent / 'layers'))
+        slowly = '(head -c 50M big.tar; sleep 60) | exec'
+        process = self.host.popen(['sh', '-c', f'cd /root/uploads; {slowly} {lab.REPO}/faas new cut'],
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            lab.wait_until(lambda: set(os.listdir(functions)) != names, 20, 'the upload')
+            self.host.run(['pkill', '-INT', '-f', 'faas new cut'])
+            lab.wait_until(lambda: set(os.listdir(functions)) == names, 20, 'the end of it')
+        finally:
+            self.host.run(['pkill', '-KILL', 'sleep'], ok=None)
+            said, _ = process.communicate(timeout=20)
+        self.assertIn('error: interrupted\n', said)
+        self.assertEqual(layers, set(os.listdir(functions.parent / 'layers')))
+        self.assertNotIn('cut', [each['name'] for each in self.server.api('GET', '/api/list').json])
+
+    def test_a_refusal_in_the_middle_of_an_upload_is_heard(self):
+        for command in (
+            'cat small.tar - </dev/zero | {} new huge',
+            'cp small.tar huge.tar; truncate -s 500M huge.tar; {} new huge huge.tar',
+        ):
+            done = self.sh(command.format(f'{lab.REPO}/faas'), ok=(1,))
+            self.assertRegex(done.stderr, r'\Aerror: .* more than FAAS_MAX_UPLOAD, 419430400\nhint: leave out')
+        (self.folder / 'huge.tar').unlink()
+
+    def test_progress_is_shown_on_a_terminal(self):
+        self.big(60 << 20)
+        ours, theirs = pty.openpty()
+        slowly = '(head -c 30M big.tar; sleep 0.4; tail -c +31457281 big.tar)'
+        for words, pattern in (
+            (f'{slowly} | {lab.REPO}/faas new shown', 'Uploading  .* MiB   .* MiB/s'),
+            (f'{lab.REPO}/faas new shown big.tar', 'Unpacking and starting'),
+        ):
+            process = self.host.popen(['sh', '-c', f'cd /root/uploads; {words}'], stdin=subprocess.DEVNULL,
+                                      stdout=subprocess.DEVNULL, stderr=theirs)
+            self.assertEqual(0, process.wait(60))
+            said = os.read(ours, 65536).decode()
+            self.assertRegex(said, pattern)
+            self.assertTrue(said.endswith('\r\x1b[K'), said[-40:])
+        os.close(ours)
+        os.close(theirs)
 
 
 @lab.needs_root

@@ -307,13 +307,36 @@ class OneServer(unittest.TestCase):
         head, _, body = got.partition(b'\r\n\r\n')
         return int(head.split()[1]), json.loads(body)
 
+    def test_a_chunked_body_is_taken_whatever_its_chunks(self):
+        data = serving.saying('in pieces')
+        pieces = [data[:1], data[1:100], data[100:5000], data[5000:]]
+        body = b''.join(b'%X;x=y\r\n%s\r\n' % (len(piece), piece) for piece in pieces) + b'0\r\nTrailer: x\r\n\r\n'
+        head = b'POST /api/new?name=pieces HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n'
+        status, answer = self.raw(head + body, shut=True)
+        self.assertEqual(200, status, answer)
+        self.assertEqual('in pieces', self.server.get(answer['ipv6']))
+        self.server.api('DELETE', '/api/remove/pieces')
+
     def test_bad_bodies(self):
         before = self.remains()
         new = b'POST /api/new?name=body HTTP/1.1\r\nHost: x\r\n'
         create = b'POST /api/vpn/create HTTP/1.1\r\nHost: x\r\nConnection: close\r\n'
+        chunked = new + b'Transfer-Encoding: chunked\r\n\r\n'
         for request, status in (
             (new + b'Connection: close\r\n\r\n', 411),
-            (new + b'Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n', 411),
+            (new + b'Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n', 411),
+            (new + b'Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n', 400),
+            (create + b'Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n', 411),
+            (chunked + b'0\r\n\r\n', 400),
+            (chunked + b'x\r\n', 400),
+            (chunked + b'-1\r\n', 400),
+            (chunked + b'123456789\r\n', 400),
+            (chunked + b'5\nhello', 400),
+            (chunked + b'5\r\nhello!\r\n0\r\n\r\n', 400),
+            (chunked + b'5\r\nhel', 400),
+            (chunked + b'5\r\nhello\r\n', 400),
+            (chunked + b';' * 9999, 400),
+            (chunked + (b'80000\r\n' + b'x' * 0x80000 + b'\r\n') * 3 + b'0\r\n\r\n', 413),
             (new + b'Content-Length: 99999999\r\n\r\n' + b'x' * 4096, 413),
             (new + b'Content-Length: 4096\r\n\r\nonly this', 400),
             (new + b'Content-Length: -5\r\n\r\n', 400),
