@@ -69,6 +69,7 @@ missing_packages() {
     have ps || echo procps
     have debootstrap || echo debootstrap
     have systemd-nspawn || echo systemd-container
+    have java || echo default-jdk-headless          # what else the tests serve they unpack, or go without
 }
 
 coredns_suffices() {
