@@ -22,6 +22,7 @@ import unittest
 from tests import images, packages
 
 FOLDERS = pathlib.Path('/var/cache/faasd-test/folders')
+PATH = '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/usr/local/go/bin'
 ACCOUNTS = """root:x:0:0:root:/root:/bin/sh
 www-data:x:33:33:www-data:/var/www:/usr/sbin/nologin
 nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin
@@ -69,11 +70,13 @@ def needed(package):
 
 def find(program):
     """The path of a program of this machine. Raises SkipTest."""
-    path = shutil.which(program, path='/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/usr/local/go/bin')
-    path = path or shutil.which(program)
+    path = shutil.which(program, path=PATH) or shutil.which(program)
     if path is None:
         raise unittest.SkipTest(f'there is no {program} here')
     return path
+
+
+TOP = [name for name in ('bin', 'sbin', 'lib', 'lib64') if os.path.islink(f'/{name}')]  # loaders are at /lib64
 
 
 class Files:
@@ -81,47 +84,57 @@ class Files:
 
     def __init__(self):
         self._members = {}  # path without the first / → (path on this machine or content, mode)
-        for name in ('bin', 'sbin', 'lib', 'lib64'):  # as this machine has it, since loaders are at /lib64
-            if os.path.islink(f'/{name}'):
-                self._members[name] = os.readlink(f'/{name}'), None
+        for name in TOP:
+            self._members[name] = os.readlink(f'/{name}'), None
+
+    def _add(self, path, content, mode):
+        name, _, rest = os.path.normpath(path).strip('/').partition('/')
+        if name not in TOP:
+            self._members['/'.join(filter(None, (name, rest)))] = content, mode
+        elif rest:
+            self._members[f'{os.readlink(f"/{name}")}/{rest}'] = content, mode
+        return self
 
     def put(self, path, content, mode=0o644):
         """A file with that text or bytes."""
-        self._members[path.strip('/')] = content.encode() if isinstance(content, str) else content, mode
-        return self
+        return self._add(path, content.encode() if isinstance(content, str) else content, mode)
 
     def folder(self, *paths, mode=0o755):
         for path in paths:
-            self._members[path.strip('/')] = None, mode
+            self._add(path, None, mode)
         return self
 
     def link(self, path, target):
-        self._members[path.strip('/')] = target, None
-        return self
+        return self._add(path, target, None)
 
     def copy(self, path, to=None):
         """A file of this machine; where it is a link, what that leads to."""
         to = to or os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
-        self._members[to.strip('/')] = pathlib.Path(os.path.realpath(path)), None
-        return self
+        return self._add(to, pathlib.Path(os.path.realpath(path)), None)
 
-    def program(self, path, to=None):
-        """A program of this machine with its libraries."""
-        return self.copy(path, to)._libraries(path)
+    def program(self, path, within=''):
+        """A program of this machine, or of the folder `within` that packages were unpacked to, with its libraries."""
+        self.copy(f'{within}{path}', path)
+        for each in libraries(f'{within}{path}', within=within):
+            self.copy(each, each.removeprefix(str(within)))
+        return self
 
     def tree(self, folder, to=None, without=()):
         """A folder of this machine; `without` are names that are left out, wherever they are."""
         objects = []
         for where, folders, names in os.walk(folder, followlinks=True):
             folders[:] = sorted(set(folders) - set(without))
-            place = os.path.join(to or folder, os.path.relpath(where, folder))
-            self.folder(os.path.normpath(place))
+            place = os.path.normpath(os.path.join(to or folder, os.path.relpath(where, folder)))
+            if place != '/':
+                self.folder(place)
             for name in sorted(set(names) - set(without)):
                 path = os.path.join(where, name)
                 if os.path.isfile(path):
-                    self.copy(path, os.path.normpath(os.path.join(place, name)))
+                    self.copy(path, os.path.join(place, name))
                     objects += [path] if '.so' in name else []
-        return self._libraries(*objects)
+        for path in libraries(*objects):
+            self.copy(path)
+        return self
 
     def package(self, *names):
         """What Debian's packages hold, and what they need that is not installed here, but for the documentation."""
@@ -139,11 +152,6 @@ class Files:
         """What every distribution's image has: accounts, /tmp, a home."""
         self.put('/etc/passwd', ACCOUNTS).put('/etc/group', GROUPS).put('/etc/nsswitch.conf', 'passwd: files\n')
         return self.folder('/root', mode=0o700).folder('/run', '/var/log', '/var/www').folder('/tmp', mode=0o1777)
-
-    def _libraries(self, *paths):
-        for path in libraries(*paths):
-            self.copy(path)
-        return self
 
     def layer(self):
         """It as images.image() takes it, in memory."""
@@ -180,11 +188,13 @@ class Files:
         return dict(sorted((found | self._members).items()))
 
 
-def libraries(*paths):
-    """The shared libraries and loaders that these programs and libraries need."""
+def libraries(*paths, within=''):
+    """The shared libraries and loaders that these programs and libraries need, of `within` first."""
     if not paths:
         return []
-    said = subprocess.run(['ldd', *paths], capture_output=True, text=True).stdout
+    places = ':'.join(map(str, pathlib.Path(within).glob('**/lib/*-linux-gnu'))) if within else ''
+    environment = {**os.environ, **({'LD_LIBRARY_PATH': places} if places else {})}
+    said = subprocess.run(['ldd', *paths], capture_output=True, text=True, env=environment).stdout
     return sorted(set(re.findall(r'^\s+(?:\S+ => )?(/\S+) \(0x', said, re.M)))
 
 
@@ -215,7 +225,12 @@ def python():
 
 @functools.cache
 def node():
-    return Files().program(find('node'), '/usr/bin/node').accounts().shared()
+    path = os.path.realpath(shutil.which('node', path=PATH) or '/')
+    if path.startswith('/usr/bin/'):
+        files = Files().program(path).link('/usr/local/bin/node', path)
+    else:
+        files = Files().program('/usr/bin/node', within=unpacked('nodejs'))
+    return files.accounts().shared()
 
 
 @functools.cache
@@ -231,7 +246,7 @@ def busybox():
 def nginx():
     """nginx as Debian's packages and their scripts leave it, its logs as in the image of nginx's makers."""
     folder, common = unpacked('nginx'), unpacked('nginx-common')
-    files = Files().program(f'{folder}/usr/sbin/nginx', '/usr/sbin/nginx').accounts()
+    files = Files().program('/usr/sbin/nginx', within=folder).accounts()
     files.tree(f'{common}/etc/nginx', '/etc/nginx')
     files.link('/etc/nginx/sites-enabled/default', '/etc/nginx/sites-available/default')
     files.put('/var/www/html/index.nginx-debian.html', '<h1>Welcome to nginx!</h1>\n')
@@ -264,10 +279,10 @@ def compiled_java(name, source):
 
 
 def compiled_go(folder, out):
-    """Build the static program `out` of the Go sources in `folder`. Raises SkipTest without a Go."""
+    """Build the static program `out` of main.go in `folder`. Raises SkipTest without a Go."""
     environment = {
         **{'HOME': os.path.expanduser('~'), **os.environ},
-        **{'CGO_ENABLED': '0', 'GOFLAGS': '', 'GO111MODULE': 'off', 'GOTOOLCHAIN': 'local'},
+        **{'CGO_ENABLED': '0', 'GOFLAGS': '', 'GOTOOLCHAIN': 'local'},
     }
-    command = [find('go'), 'build', '-ldflags=-s -w', '-o', out, '.']
+    command = [find('go'), 'build', '-ldflags=-s -w', '-o', out, 'main.go']
     subprocess.run(command, cwd=folder, env=environment, check=True)
