@@ -72,6 +72,7 @@ missing_packages() {
     have systemd-nspawn || echo systemd-container
     have podman || echo podman
     have skopeo || echo skopeo
+    have java || echo default-jdk-headless          # what else the tests serve they unpack, or go without
 }
 
 coredns_suffices() {

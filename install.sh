@@ -63,9 +63,11 @@ install_files() {
     install -d -m 755 "$new" "$new/handlers"
     install -m 644 ./*.py "$new"
     install -m 644 handlers/*.py "$new/handlers"
-    for example in handlers/*/handler.py; do
-        example=$(dirname "$example")
-        install -D -m 644 -t "$new/$example" "$example"/*.py
+    for file in handlers/*/*; do                    # of the examples
+        [ -f "$file" ] || continue
+        folder=$(dirname "$file")
+        [ -e "$folder/handler.py" ] || [ -e "$folder/faas.toml" ] || continue
+        install -D -m "$([ -x "$file" ] && echo 755 || echo 644)" "$file" "$new/$file"
     done
     rm -rf "$destdir$lib.old"
     [ ! -d "$destdir$lib" ] || mv "$destdir$lib" "$destdir$lib.old"

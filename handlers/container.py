@@ -211,6 +211,9 @@ class Containers:
             self._add_folder(config, spec, tree)
         if protocol.CHANNEL_FD not in fds:
             self._add_ways_to_serve(config, spec, bundle)
+        # Its own, so that it can open /dev/stdout: that is where images have their log files lead.
+        user = config['process']['user']
+        os.fchown(fds[1], base + user['uid'], base + user['gid'])
         self._write(bundle, 'config.json', config)
         pid_file, errors = os.path.join(bundle, 'pid'), os.path.join(bundle, 'runtime.log')
         # No session keyring: a host that is itself a container may refuse one, and keyctl is refused to functions.

@@ -405,6 +405,10 @@ class Program(Instance):
             self.state = 'stopping'
             self._leave(time.monotonic(), within_s)
 
+    def told_s(self):
+        """For how long it has had its stop signal; 0 before."""
+        return time.monotonic() - self._signalled if self._signalled else 0
+
     def _leave(self, since, within_s):
         if self.state == 'dead' or not self._container:
             return

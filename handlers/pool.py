@@ -233,10 +233,22 @@ class Pool:
                 quiet_since = now
             if now < min(quiet_since + QUIET_S, began + within_s / 2):
                 return self.around.loop.later(QUEUE_LOOK_S, look, quiet_since)
-            self.front.former_is_empty = True
             former.stop(IDLE_S, began + within_s - now)
+            self._free(former)
 
         look(began)
+
+    def _free(self, former):
+        """Let the former front go, when that disturbs nobody.
+
+        A server whose listener is shut down before it was told to stop may take that for the end of everything, and
+        drop what it holds: such as a Go program with log.Fatal(http.ListenAndServe(…)).
+        """
+        if former is not self._draining or not self.front:
+            return
+        if listens_itself(former) and former.told_s() < QUIET_S:
+            return self.around.loop.later(QUEUE_LOOK_S, self._free, former)
+        self.front.former_is_empty = True
 
     def look(self, counts, counted):
         """Take in how many connections the function's address has, {uid: number}, as of `counted`."""

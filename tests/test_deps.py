@@ -79,6 +79,13 @@ class Deps(unittest.TestCase):
         self.assertFalse(any('update' in call for call in self.calls()), 'the lists were there')
         self.assertEqual('', self.deps().stdout)
 
+    def test_what_only_the_tests_need(self):
+        self.take('java', 'dig')
+        self.host.path('/tmp/lists').touch()
+        self.assertEqual('', self.deps().stdout)
+        first, *_ = self.deps(argv=('./deps.sh', 'test')).stdout.splitlines()
+        self.assertEqual('deps: installing the packages bind9-dnsutils default-jdk-headless', first)
+
     def test_updates_the_lists_when_they_do_not_have_it(self):
         self.take('runc')
         self.deps()

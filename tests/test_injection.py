@@ -336,6 +336,8 @@ class Serving(inside.InHost):
 
 
 class Turns(inside.InHost):
+    ANSWER = Serving.ANSWER
+
     @inside.inside
     def test_what_waits_at_one_that_is_killed_is_served_by_the_next(self):
         function = Function(self.stack)
@@ -377,6 +379,25 @@ class Turns(inside.InHost):
         self.assertGreater(len(asked), 100)
         lab.wait_until(lambda: len(function.pool._instances) == 1, 20, 'the former ones to end')
         self.assertEqual(1, len(function.front._order))
+
+    @inside.inside
+    def test_two_redeploys_while_one_answers_and_would_end_with_its_listener(self):
+        function = Function(self.stack)
+        instance = function.deploy(
+            1,
+            'def slow(connection):\n    time.sleep(3)\n    answer(connection)\n'
+            'sock = listen()\nwhile True:\n'
+            '    try: connection = sock.accept()[0]\n'
+            '    except OSError: os._exit(1)\n'
+            '    threading.Thread(target=slow, args=(connection,)).start()',
+        )
+        with concurrent.futures.ThreadPoolExecutor() as clients:
+            slow = clients.submit(function.ask)
+            lab.wait_until(lambda: function.pool.connections_of(instance._container), 5, 'the connection')
+            for number in (2, 3):
+                function.deploy(number, 'serve(listen())')
+            self.assertEqual(self.ANSWER, slow.result())
+        self.assertEqual(f'revision 3 {ADDRESS}', function.ask())
 
     @inside.inside
     def test_an_idle_one_is_stopped_and_the_next_connection_starts_one(self):

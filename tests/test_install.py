@@ -340,6 +340,7 @@ class Packaged(unittest.TestCase):
             host.sh('make install DESTDIR=/tmp/tree PREFIX=/usr FAAS_DNS_FORWARD=192.0.2.1')
             files = host.sh('cd /tmp/tree; find . -type f').split()
             for path in ('./usr/bin/faas', './usr/lib/faasd/faasd.py', './usr/lib/faasd/handlers/fibonacci/handler.py',
+                         './usr/lib/faasd/handlers/go/main.go', './usr/lib/faasd/handlers/node/faas.toml',
                          './usr/lib/systemd/system/faasd.service', './etc/faasd/faasd.env',
                          './usr/lib/systemd/system/wg-quick@wg0.service.d/faasd.conf'):
                 self.assertIn(path, files)
