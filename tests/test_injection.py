@@ -407,7 +407,7 @@ class Turns(inside.InHost):
         lab.wait_until(lambda: function.pool.status() == ('idle', None), 10, 'its rest')
         lab.wait_until(lambda: not function.pool._instances, 10, 'its end')
         self.assertEqual(f'revision 1 {ADDRESS}', function.ask())
-        self.assertEqual(('running', None), function.pool.status())
+        lab.wait_until(lambda: function.pool.status() == ('running', None), 5, 'the word of it')
 
     @inside.inside
     def test_from_one_way_to_serve_to_the_other(self):
