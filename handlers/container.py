@@ -198,7 +198,7 @@ class Containers:
         except BaseException as error:
             with self._lock:
                 self._slots.discard(slot)
-            if isinstance(error, (OSError, shell.CommandError, rootfs.NoUser)):
+            if isinstance(error, (OSError, shell.CommandError, rootfs.Unfit)):
                 raise ContainerError(str(error)) from error
             raise
 
@@ -270,7 +270,7 @@ class Containers:
         with contextlib.suppress(OSError), open(path) as file:
             lines = file.read().strip().splitlines()
             fatal = [line for line in lines if 'level=fatal' in line] or lines[-1:]
-            said = [line.partition('msg=')[2].strip('"') or line for line in fatal]
+            said = [re.sub(r'\\+"', '"', line.partition('msg=')[2].strip('"') or line) for line in fatal]
             return re.sub(r'^nsexec-\d\[\d+\]: ', '', said[0]) if said else None
 
     def _cgroups(self):

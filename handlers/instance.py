@@ -343,9 +343,12 @@ class Program(Instance):
             client.connect((self.pool.front.ipv6, 80))
             try:
                 client.sendall(b'GET / HTTP/1.0\r\nHost: %s.faas\r\n\r\n' % self.pool.name.encode())
-                heard = client.recv(1)
+                heard = client.recv(65536)
+                client.shutdown(socket.SHUT_WR)
+                while client.recv(65536):  # to its end, or the server may complain of us
+                    pass
             except ConnectionError:
-                heard = b''
+                heard = heard or b''
         loop.call(self._probed, where, heard)
 
     def _probed(self, where, heard):

@@ -220,5 +220,5 @@ class UserNamespace(inside.InHost):
 class Users(unittest.TestCase):
     def test_numbers_are_bounded(self):
         for text in ('-1', '65536', '٣', '1e3', ''):
-            with self.subTest(text), self.assertRaises(rootfs.NoUser):
+            with self.subTest(text), self.assertRaises(rootfs.Unfit):
                 rootfs._number(text)
