@@ -1294,10 +1294,10 @@ class TestUploads(unittest.TestCase):
         for number, command in enumerate((
             'faas new NAME small.tar', 'cat small.tar | faas new NAME', 'faas new NAME <small.tar',
             'cat small.tar | faas new NAME -', 'gzip <small.tar | faas new NAME', 'zstd <small.tar | faas new NAME -',
-            '(sleep 1.2; cat small.tar) | faas new NAME',
+            '(sleep 1.2; cat small.tar) | faas new NAME', 'mkfifo pipe; cat small.tar >pipe & faas new NAME pipe',
         )):
             with self.subTest(command):
-                before, call = command.split('faas ') if command.startswith(('cat', 'gzip', 'zstd', '(')) else ('', '')
+                before, call = command.split('faas ') if not command.startswith('faas') else ('', '')
                 call = call or command.removeprefix('faas ')
                 said = self.sh(f'{before}{lab.REPO}/faas {call}'.replace('NAME', f'way{number}'))
                 self.assertRegex(said.stdout, f'Deployed way{number} at fd00:')
