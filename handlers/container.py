@@ -424,8 +424,19 @@ class Containers:
         environment = config['process']['env']
         if not any(line.startswith('PORT=') for line in environment):
             environment.append(f'PORT={injection.candidates(spec)[0]}')
-        config['mounts'].append(host('/run/faas', os.path.join(bundle, 'control')))
+        config['mounts'] += [
+            host('/run/faas', os.path.join(bundle, 'control')),
+            # Where a JVM and others see their limits; without, they take the host's memory for theirs.
+            tmpfs('/sys', '64k', '755', 'ro'),
+            {
+                'destination': '/sys/fs/cgroup',
+                'type': 'cgroup',
+                'source': 'cgroup',
+                'options': ['nosuid', 'noexec', 'nodev', 'relatime', 'ro'],
+            },
+        ]
         linux = config['linux']
+        linux['readonlyPaths'] = [*linux['readonlyPaths'], '/sys/fs/cgroup']  # runc leaves that itself writable
         linux['sysctl'] = {'net.ipv4.ip_unprivileged_port_start': '0'}
         linux['seccomp'] = seccomp.notifying(linux['seccomp'], os.path.join(bundle, 'notify.sock'), '')
 
@@ -445,12 +456,12 @@ def in_lines(environment):
     return [f'{name}={value}' for name, value in environment.items()]
 
 
-def tmpfs(where, size, mode):
+def tmpfs(where, size, mode, *more):
     return {
         'destination': where,
         'type': 'tmpfs',
         'source': 'tmpfs',
-        'options': ['nosuid', 'nodev', 'noexec', f'mode={mode}', f'size={size}'],
+        'options': ['nosuid', 'nodev', 'noexec', f'mode={mode}', f'size={size}', *more],
     }
 
 
