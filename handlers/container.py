@@ -375,6 +375,8 @@ class Containers:
             host('/usr', '/usr'),
             host('/function', tree),
         ]
+        if spec.kind != 'handler':
+            config['mounts'].append(tmpfs('/sys', '64k', '755', 'ro'))  # for its cgroup
 
     def _add_image(self, config, spec, tree, base):
         """The sandbox of an image: its layers, ids of its own, and of root's capabilities those that stay inside."""
@@ -408,13 +410,6 @@ class Containers:
                 'options': ['nosuid', 'noexec', 'nodev'],
             },
             {'destination': '/sys', 'type': 'sysfs', 'source': 'sysfs', 'options': ['nosuid', 'noexec', 'nodev', 'ro']},
-            # Java and Node size themselves by the limits that they find there.
-            {
-                'destination': '/sys/fs/cgroup',
-                'type': 'cgroup',
-                'source': 'cgroup',
-                'options': ['nosuid', 'noexec', 'nodev', 'relatime', 'ro'],
-            },
             host('/etc/hosts', os.path.join(self._rootfs, 'etc/hosts')),
         ]
 
@@ -427,7 +422,6 @@ class Containers:
         config['mounts'] += [
             host('/run/faas', os.path.join(bundle, 'control')),
             # Where a JVM and others see their limits; without, they take the host's memory for theirs.
-            tmpfs('/sys', '64k', '755', 'ro'),
             {
                 'destination': '/sys/fs/cgroup',
                 'type': 'cgroup',
@@ -441,8 +435,8 @@ class Containers:
         linux['seccomp'] = seccomp.notifying(linux['seccomp'], os.path.join(bundle, 'notify.sock'), '')
 
 
-# Within its own user namespace alone.
-IMAGE_CAPABILITIES = ('CAP_CHOWN', 'CAP_SETUID', 'CAP_SETGID', 'CAP_DAC_OVERRIDE')
+# Within its own user namespace alone. KILL: a master that is root, such as gunicorn's, ends its workers that are not.
+IMAGE_CAPABILITIES = ('CAP_CHOWN', 'CAP_SETUID', 'CAP_SETGID', 'CAP_DAC_OVERRIDE', 'CAP_KILL')
 
 
 def capabilities(*names):
