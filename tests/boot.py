@@ -17,7 +17,7 @@ MIRROR = 'http://deb.debian.org/debian'
 PACKAGES = [
     *('systemd', 'systemd-sysv', 'systemd-resolved', 'dbus', 'sudo', 'git', 'make', 'python3', 'ca-certificates'),
     *('iproute2', 'iputils-ping', 'curl', 'wireguard-tools', 'wireguard-go', 'runc', 'nftables', 'procps'),
-    *('bind9-dnsutils', 'traceroute'),
+    *('bind9-dnsutils', 'traceroute', 'zstd'),
 ]
 # What a machine needs beside its packages. nspawn shows cgroups of version 1 read-only, and runc writes there.
 FILES = {
@@ -164,7 +164,8 @@ class Machine:
         joe = ['runuser', '--user=joe', '--', 'env', f'--chdir=/home/joe/{folder}',
                'HOME=/home/joe', 'USER=joe', 'SHELL=/bin/sh', 'TERM=xterm']
         done = self.run([*joe, *terminal], ok=None, **options)
-        return done.returncode, re.sub('\r|\033\\[[\\d;]*m', '', done.stdout)
+        shown = re.sub('[^\n]*\r\033\\[K', '', done.stdout)  # what was wiped is not seen
+        return done.returncode, re.sub('\r|\033\\[[\\d;]*m', '', shown)
 
     def reboot(self):
         """From a new PID 1 on, in new namespaces."""
