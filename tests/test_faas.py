@@ -1024,6 +1024,84 @@ class TestFolder(Case):
             self.assertFalse(faas.is_archive(start), start[:9])
 
 
+class TestUpload(Case):
+    """What is sent of an archive, and what is shown of it."""
+
+    def setUp(self):
+        super().setUp()
+        self.ours, self.theirs = socket.socketpair()
+        for end in (self.ours, self.theirs):
+            self.addCleanup(end.close)
+
+    def pipe(self):
+        """(the end to read from, the end to write to)"""
+        reader, writer = os.pipe()
+        return [self.enterContext(open(fd, mode, buffering=0)) for fd, mode in ((reader, 'rb'), (writer, 'wb'))]
+
+    def sent(self, stream, length, first=b''):
+        return b''.join(faas.blocks(stream, length, first, self.ours))
+
+    def test_a_file_is_sent_as_long_as_it_was_said_to_be(self):
+        data = os.urandom(3 * faas.BLOCK + 5)
+        for length in (0, 1, faas.BLOCK, len(data) - 1, len(data)):
+            self.assertEqual(data[:length], self.sent(io.BytesIO(data), length))
+            self.assertEqual(data[:length], self.sent(io.BytesIO(data[512:]), length, data[:512]))
+        self.assertIn('became shorter', self.failure(self.sent, io.BytesIO(data), len(data) + 1).message)
+
+    def test_a_pipe_is_sent_to_its_end(self):
+        reader, writer = self.pipe()
+        writer.write(b'and more')
+        writer.close()
+        self.assertEqual(b'first and more', self.sent(reader, None, b'first '))
+
+    def test_an_answer_ends_it_also_while_the_pipe_brings_nothing(self):
+        reader, _ = self.pipe()
+        got = faas.blocks(reader, None, b'first', self.ours)
+        self.assertEqual(b'first', next(got))
+        self.theirs.sendall(b'HTTP/1.1 413 ')
+        self.assertEqual([], list(got))
+        self.assertEqual(b'', self.sent(io.BytesIO(b'x'), 1))
+
+    def test_what_cannot_be_read_is_no_fault_of_the_server(self):
+        stream = mock.Mock(read=mock.Mock(side_effect=OSError(5, 'Input/output error')))
+        self.assertIn('the archive cannot be read: Input', self.failure(self.sent, stream, 5).message)
+
+    def progress(self, total, *steps):
+        """The lines that it shows for steps of (seconds, bytes)."""
+        with mock.patch.object(faas.time, 'monotonic', return_value=1000.0) as clock, \
+                mock.patch.object(faas.Progress, 'line') as line:
+            progress = faas.Progress(total)
+            for seconds, count in steps:
+                clock.return_value += seconds
+                progress.add(count)
+        return [call[0][0] for call in line.call_args_list]
+
+    def test_progress_tells_the_rate_of_the_last_seconds(self):
+        mib = 1 << 20
+        self.assertEqual(['Uploading  20 MiB of 500 MiB   4 %   20 MiB/s   24 seconds left',
+                          'Uploading  40 MiB of 500 MiB   8 %   20 MiB/s   23 seconds left'],
+                         self.progress(500 * mib, *[(1, 20 * mib)] * 2))
+        self.assertEqual(['Uploading  20 MiB   20 MiB/s'], self.progress(None, (1, 20 * mib)))
+        self.assertIn('   50 MiB/s', self.progress(None, *[(1, 5 * mib)] * 9, *[(1, 50 * mib)] * 4)[-1])
+        self.assertEqual(1, len(self.progress(None, *[(0.01, mib)] * 14)))
+
+    def test_progress_after_a_pause_is_no_nonsense(self):
+        mib = 1 << 20
+        shown = self.progress(500 * mib, (1, 20 * mib), (1, 20 * mib), (10, 20 * mib))
+        self.assertEqual('Uploading  60 MiB of 500 MiB   12 %   2 MiB/s   3 minutes left', shown[-1])
+
+    def test_progress_fits_the_terminal_and_is_nowhere_else(self):
+        err = mock.Mock(encoding='utf-8', isatty=lambda: True)
+        with mock.patch.object(sys, 'stderr', err), \
+                mock.patch.object(faas.os, 'get_terminal_size', return_value=os.terminal_size((20, 5))):
+            faas.Progress(None).line('x' * 70)
+        self.assertEqual('\r\x1b[K' + 'x' * 19, err.write.call_args_list[0][0][0])
+        err = io.StringIO()
+        with mock.patch.object(sys, 'stderr', err), faas.Progress(None) as progress:
+            progress.line('x')
+        self.assertEqual('', err.getvalue())
+
+
 class TestMain(Case):
     def test_usage_errors_are_one_line_and_exit_2(self):
         for words in ([], ['x'], ['vpn'], ['vpn', 'x'], ['new'], ['new', 'a', 'b', 'c'], ['list', '--yaml'], ['ip'],
