@@ -54,6 +54,7 @@ ENV_FILE = '/etc/faasd/faasd.env'
 
 PR_SET_CHILD_SUBREAPER = 36
 MOST_JSON = 64 << 10  # bytes of a JSON request body
+PAUSE_S = 300  # how long an upload may stand still: what makes the archive may take its time
 DRAIN_S = 3  # how long is read what was refused
 FUNCTIONS = 'fd00:faa5:1::/48'
 TICK_S, CLOSELY_TICKS = 1, 5  # how often the guard looks, and looks closely
@@ -1507,6 +1508,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
 
     def _new(self, caller, _):
         self._deadline.cancel()
+        self.connection.settimeout(PAUSE_S)
         name, reference = self._query.get('name', ''), self._query.get('image')
         read, length = self._read, self._unread
         if self._chunks:

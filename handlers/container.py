@@ -198,7 +198,7 @@ class Containers:
         except BaseException as error:
             with self._lock:
                 self._slots.discard(slot)
-            if isinstance(error, (OSError, shell.CommandError, rootfs.NoUser)):
+            if isinstance(error, (OSError, shell.CommandError, rootfs.Unfit)):
                 raise ContainerError(str(error)) from error
             raise
 
@@ -270,7 +270,7 @@ class Containers:
         with contextlib.suppress(OSError), open(path) as file:
             lines = file.read().strip().splitlines()
             fatal = [line for line in lines if 'level=fatal' in line] or lines[-1:]
-            said = [line.partition('msg=')[2].strip('"') or line for line in fatal]
+            said = [re.sub(r'\\+"', '"', line.partition('msg=')[2].strip('"') or line) for line in fatal]
             return re.sub(r'^nsexec-\d\[\d+\]: ', '', said[0]) if said else None
 
     def _cgroups(self):
@@ -375,6 +375,8 @@ class Containers:
             host('/usr', '/usr'),
             host('/function', tree),
         ]
+        if spec.kind != 'handler':
+            config['mounts'].append(tmpfs('/sys', '64k', '755', 'ro'))  # for its cgroup
 
     def _add_image(self, config, spec, tree, base):
         """The sandbox of an image: its layers, ids of its own, and of root's capabilities those that stay inside."""
@@ -408,13 +410,6 @@ class Containers:
                 'options': ['nosuid', 'noexec', 'nodev'],
             },
             {'destination': '/sys', 'type': 'sysfs', 'source': 'sysfs', 'options': ['nosuid', 'noexec', 'nodev', 'ro']},
-            # Java and Node size themselves by the limits that they find there.
-            {
-                'destination': '/sys/fs/cgroup',
-                'type': 'cgroup',
-                'source': 'cgroup',
-                'options': ['nosuid', 'noexec', 'nodev', 'relatime', 'ro'],
-            },
             host('/etc/hosts', os.path.join(self._rootfs, 'etc/hosts')),
         ]
 
@@ -424,14 +419,24 @@ class Containers:
         environment = config['process']['env']
         if not any(line.startswith('PORT=') for line in environment):
             environment.append(f'PORT={injection.candidates(spec)[0]}')
-        config['mounts'].append(host('/run/faas', os.path.join(bundle, 'control')))
+        config['mounts'] += [
+            host('/run/faas', os.path.join(bundle, 'control')),
+            # Where a JVM and others see their limits; without, they take the host's memory for theirs.
+            {
+                'destination': '/sys/fs/cgroup',
+                'type': 'cgroup',
+                'source': 'cgroup',
+                'options': ['nosuid', 'noexec', 'nodev', 'relatime', 'ro'],
+            },
+        ]
         linux = config['linux']
+        linux['readonlyPaths'] = [*linux['readonlyPaths'], '/sys/fs/cgroup']  # runc leaves that itself writable
         linux['sysctl'] = {'net.ipv4.ip_unprivileged_port_start': '0'}
         linux['seccomp'] = seccomp.notifying(linux['seccomp'], os.path.join(bundle, 'notify.sock'), '')
 
 
-# Within its own user namespace alone.
-IMAGE_CAPABILITIES = ('CAP_CHOWN', 'CAP_SETUID', 'CAP_SETGID', 'CAP_DAC_OVERRIDE')
+# Within its own user namespace alone. KILL: a master that is root, such as gunicorn's, ends its workers that are not.
+IMAGE_CAPABILITIES = ('CAP_CHOWN', 'CAP_SETUID', 'CAP_SETGID', 'CAP_DAC_OVERRIDE', 'CAP_KILL')
 
 
 def capabilities(*names):
@@ -445,12 +450,12 @@ def in_lines(environment):
     return [f'{name}={value}' for name, value in environment.items()]
 
 
-def tmpfs(where, size, mode):
+def tmpfs(where, size, mode, *more):
     return {
         'destination': where,
         'type': 'tmpfs',
         'source': 'tmpfs',
-        'options': ['nosuid', 'nodev', 'noexec', f'mode={mode}', f'size={size}'],
+        'options': ['nosuid', 'nodev', 'noexec', f'mode={mode}', f'size={size}', *more],
     }
 
 

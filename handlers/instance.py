@@ -279,7 +279,7 @@ class Program(Instance):
         self._injection = self._family = None
         self._asking = collections.deque()  # connections to /control.sock that wait for a descriptor
         self._inside = []  # where it listens, and that does not count
-        self._handed = self._signalled = self._heeds = False
+        self._handed, self._signalled, self._deadline = False, None, float('inf')
 
     @classmethod
     def adopt(cls, pool, revision, container, listener):
@@ -343,9 +343,12 @@ class Program(Instance):
             client.connect((self.pool.front.ipv6, 80))
             try:
                 client.sendall(b'GET / HTTP/1.0\r\nHost: %s.faas\r\n\r\n' % self.pool.name.encode())
-                heard = client.recv(1)
+                heard = client.recv(65536)
+                client.shutdown(socket.SHUT_WR)
+                while client.recv(65536):  # to its end, or the server may complain of us
+                    pass
             except ConnectionError:
-                heard = b''
+                heard = heard or b''
         loop.call(self._probed, where, heard)
 
     def _probed(self, where, heard):
@@ -400,30 +403,32 @@ class Program(Instance):
     # Its end
 
     def stop(self, idle_s, within_s):
-        """Let it finish what it holds within GRACE_S, send it the stop signal, and kill it after within_s."""
+        """Let it finish what it holds within GRACE_S, send it the stop signal, and kill it after within_s.
+
+        Once more: only within_s can change, and become less.
+        """
+        now = time.monotonic()
+        self._deadline = min(self._deadline, now + within_s)
         if self.state in ('starting', 'ready'):
             self.state = 'stopping'
-            self._leave(time.monotonic(), within_s)
+            self._leave(now)
 
     def told_s(self):
         """For how long it has had its stop signal; 0 before."""
         return time.monotonic() - self._signalled if self._signalled else 0
 
-    def _leave(self, since, within_s):
+    def _leave(self, since):
         if self.state == 'dead' or not self._container:
             return
-        waited = time.monotonic() - since
-        held = self.pool.connections_of(self._container, since)
-        if not self._signalled and (held == 0 or waited >= min(GRACE_S, within_s / 2)):
-            self._signalled = time.monotonic()
+        now, held = time.monotonic(), self.pool.connections_of(self._container, since)
+        if not self._signalled and (held == 0 or now >= since + min(GRACE_S, (self._deadline - since) / 2)):
             number = signal_number(self.revision.spec.stop_signal)
-            self._heeds = self._container.catches(number)
+            self._patience_s = self._around.stop_timeout_s if self._container.catches(number) else 0
+            self._signalled = now
             self._container.kill(number)
-        patience_s = self._around.stop_timeout_s if self._heeds else 0
-        ignored = self._signalled and time.monotonic() - self._signalled >= patience_s and held == 0
-        if waited >= within_s or ignored:
+        if now >= self._deadline or (self._signalled and held == 0 and now >= self._signalled + self._patience_s):
             self.kill('did not stop in time')
-        self._around.loop.later(LOOK_S, self._leave, since, within_s)
+        self._around.loop.later(LOOK_S, self._leave, since)
 
     def leave(self):
         """Let it go on without us; a next faasd adopts it."""

@@ -370,11 +370,13 @@ class Pool:
         self._closed = done
         while self._pending:
             self._pending.pop().close()
+        drained = None
         if self.serves_itself() and self.front and self.front.may_fork:
             self.front.steer(self.front.fork())  # what comes now is refused in the end, as if nobody had listened
-            self._drain(self._serving, within_s)
+            drained = self._serving
+            self._drain(drained, within_s)
         for instance in list(self._instances):
-            if instance is not self._draining:
+            if instance is not drained:
                 instance.stop(0, within_s)
         self._close_if_done()
 

@@ -26,8 +26,8 @@ MOST_ACCOUNTS = 1 << 20  # bytes of an image's /etc/passwd or /etc/group
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-class NoUser(Exception):
-    """The image has no such user or group."""
+class Unfit(Exception):
+    """The image cannot be run as it is, or not here; one line."""
 
 
 def _checked(result, what):
@@ -97,10 +97,9 @@ def _map(layer, where, ids):
     try:
         # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
         attributes = struct.pack('QQQQ', MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV | MOUNT_ATTR_IDMAP, 0, MS_PRIVATE, ids)
-        _checked(
-            libc.syscall(MOUNT_SETATTR, tree, b'', AT_EMPTY_PATH, attributes, len(attributes)),
-            f'the file system of {os.path.dirname(layer)} cannot map ids (ext4, xfs and btrfs can)',
-        )
+        if libc.syscall(MOUNT_SETATTR, tree, b'', AT_EMPTY_PATH, attributes, len(attributes)):
+            why = os.strerror(ctypes.get_errno())
+            raise Unfit(f'the file system of {os.path.dirname(layer)} cannot map ids (ext4, xfs and btrfs can): {why}')
         _checked(
             libc.syscall(MOVE_MOUNT, tree, b'', AT_FDCWD, where.encode(), MOVE_MOUNT_F_EMPTY_PATH), 'move_mount'
         )
@@ -128,7 +127,7 @@ def read_within(root, path):
 def find_user(root, user):
     """({'uid', 'gid', 'additionalGids'}, home) for the USER of an image: name or number, maybe with :group.
 
-    As in the OCI image specification, config.md. Raises NoUser.
+    As in the OCI image specification, config.md. Raises Unfit.
     """
     wanted, _, wanted_group = user.partition(':')
     accounts = [line.split(':') for line in read_within(root, 'etc/passwd')]
@@ -136,14 +135,14 @@ def find_user(root, user):
     wanted = wanted or '0'
     entry = next((each for each in accounts if len(each) >= 6 and wanted in (each[0], each[2])), None)
     if entry is None and not wanted.isdecimal():
-        raise NoUser(f"the image's user {wanted!r} is not in its /etc/passwd")
+        raise Unfit(f"the image's user {wanted!r} is not in its /etc/passwd")
     uid = _number(entry[2] if entry else wanted)
     gid = _number(entry[3]) if entry else 0
     more = []
     if wanted_group:
         found = next((each for each in groups if len(each) >= 3 and wanted_group in (each[0], each[2])), None)
         if found is None and not wanted_group.isdecimal():
-            raise NoUser(f"the image's group {wanted_group!r} is not in its /etc/group")
+            raise Unfit(f"the image's group {wanted_group!r} is not in its /etc/group")
         gid = _number(found[2] if found else wanted_group)
     elif entry:
         more = [_number(each[2]) for each in groups if len(each) >= 4 and entry[0] in each[3].split(',')]
@@ -152,7 +151,7 @@ def find_user(root, user):
 
 def _number(text):
     if not re.fullmatch('[0-9]{1,5}', text, re.ASCII) or int(text) > 65535:
-        raise NoUser(f"the image's user or group has the number {text!r}, and 65535 is the greatest")
+        raise Unfit(f"the image's user or group has the number {text!r}, and 65535 is the greatest")
     return int(text)
 
 

@@ -117,7 +117,8 @@ class Machine:
                 ['sh', '-c', IN_CGROUPS, lab.cgroup(self.lan.pid, self.name),
                  'systemd-nspawn', '--quiet', '--register=no', '--keep-unit', '--boot', '--network-bridge=lan0',
                  f'--machine={self.name}', f'--directory={self.root}', '--capability=all', '--bind=/dev/net/tun',
-                 '--kill-signal=SIGRTMIN+3', '--resolv-conf=off', '--timezone=off', '--console=passive'],
+                 '--kill-signal=SIGRTMIN+3', '--resolv-conf=off', '--timezone=off', '--console=passive',
+                 '--system-call-filter=pidfd_getfd'],       # its own list lacks what runc's seccomp listeners need
                 cwd='/', stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.state = lab.wait_until(self._booted, 60, f'systemd of {self.name}')
 

@@ -1,8 +1,10 @@
 """`make install` and `make uninstall`, on machines booted with systemd, and into a DESTDIR."""
 
+import pathlib
+import shutil
 import unittest
 
-from tests import boot, lab
+from tests import boot, images, lab
 
 FIBONACCI = 'fd00:faa5:1:0::a'
 GATEWAY = 'fd00:faa5:0:100::1'
@@ -117,9 +119,8 @@ class Installed(unittest.TestCase):
         server = 'import http.server, socket\nclass Server(http.server.ThreadingHTTPServer):\n'
         server += '    address_family = socket.AF_INET6\n'
         server += 'Server(("::", 80), http.server.SimpleHTTPRequestHandler).serve_forever()\n'
-        self.server.sh('mkdir -p listens')
-        self.server.write('listens/faas.toml', 'command = ["/usr/bin/python3", "server.py"]\n')
-        self.server.write('listens/server.py', server)
+        self.server.write('/root/listens/faas.toml', 'command = ["/usr/bin/python3", "server.py"]\n')
+        self.server.write('/root/listens/server.py', server)
         self.server.sh('faas new listens')
         ipv6 = self.server.sh('faas ip listens').strip()
         asking = f"""
@@ -132,6 +133,25 @@ class Installed(unittest.TestCase):
         self.server.sh('systemctl stop faasd')
         self.server.run(['pgrep', '-f', 'server.py'], ok=(1,))
         self.server.sh('systemctl start faasd; faas rm listens')
+
+    @unittest.skipUnless(shutil.which('busybox'), 'needs busybox, a static one')
+    def test_an_image_under_the_hardened_unit(self):
+        """With a state directory that can map ids, which the machine's own file system, an overlay, cannot."""
+        program = pathlib.Path(shutil.which('busybox')).read_bytes()
+        page = images.layer(('busybox', program, {'mode': 0o755}), ('www/index.html', b'from an image\n'))
+        command = ['/busybox', 'httpd', '-f', '-p', '[::]:80', '-h', '/www']
+        archive = images.image([page], {'Cmd': command, 'User': '33'})
+        self.server.lan.path(f'{self.server.root}/root/image.tar').write_bytes(archive)
+        self.assertIn('cannot map ids', self.server.run(['faas', 'new', 'image', 'image.tar'], ok=(1,)).stderr)
+        self.server.sh('systemctl stop faasd; mount -t tmpfs -o mode=711 state /var/lib/faasd; systemctl start faasd')
+        try:
+            self.server.sh('faas new image image.tar')
+            ipv6 = self.server.sh('faas ip image').strip()
+            self.assertEqual('from an image\n', self.server.sh(f'curl -sg --max-time 10 "http://[{ipv6}]/"'))
+            self.server.sh('systemctl restart faasd')
+            self.assertEqual('from an image\n', self.server.sh(f'curl -sg --max-time 10 "http://[{ipv6}]/"'))
+        finally:
+            self.server.sh('systemctl stop faasd; umount --lazy /var/lib/faasd; systemctl start faasd')
 
     def test_a_killed_faasd_and_a_killed_coredns_come_back(self):
         self.server.sh('systemctl kill --signal=KILL faasd faas-coredns')

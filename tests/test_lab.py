@@ -111,8 +111,9 @@ class Hosts(unittest.TestCase):
             self.assertEqual('laptop\n', host.run(['uname', '-n']).stdout)
             self.assertEqual(f'nameserver {lab.NAMESERVER}\n', host.path('/etc/resolv.conf').read_text())
             self.assertEqual(['lock'], os.listdir(host.path('/run')))
-            self.assertEqual([], os.listdir(host.path('/etc/wireguard')))
-            for absent in ('/etc/coredns', '/etc/faasd', '/var/lib/faasd'):
+            for empty in ('/etc/wireguard', '/var/lib/faasd'):
+                self.assertEqual([], os.listdir(host.path(empty)))
+            for absent in ('/etc/coredns', '/etc/faasd'):
                 self.assertFalse(host.path(absent).exists(), absent)
             host.run(['sh', '-c', 'echo x >faas-lab; echo x >/usr/faas-lab; echo x >/etc/faas-lab'])
             self.assertEqual('x\n', host.path('/etc/faas-lab').read_text())

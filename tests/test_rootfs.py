@@ -160,7 +160,7 @@ class Image(inside.InHost):
             'mount -t tmpfs x /mnt 2>&1; unshare -U true 2>&1; mknod /dev/x b 8 0 2>&1; echo x >/sys/power/state;'
             'echo 1 >/proc/sys/kernel/panic'
         )
-        self.assertIn('CapEff:\t00000000000000c3', said)  # CHOWN, DAC_OVERRIDE, SETGID, SETUID
+        self.assertIn('CapEff:\t00000000000000e3', said)  # CHOWN, DAC_OVERRIDE, KILL, SETGID, SETUID
         self.assertIn('CapAmb:\t0000000000000000', said)
         self.assertRegex(said, r'NoNewPrivs:\t1\nSeccomp:\t2\n1\n0\ntest\n')
         self.assertIn('PORT=80', said)
@@ -220,5 +220,5 @@ class UserNamespace(inside.InHost):
 class Users(unittest.TestCase):
     def test_numbers_are_bounded(self):
         for text in ('-1', '65536', '٣', '1e3', ''):
-            with self.subTest(text), self.assertRaises(rootfs.NoUser):
+            with self.subTest(text), self.assertRaises(rootfs.Unfit):
                 rootfs._number(text)

@@ -124,6 +124,10 @@ public class Main {
     }
 }
 """
+JAVA_LIMITS = JAVA.replace(
+    '("peer " + exchange.getRemoteAddress().getAddress().getHostAddress())',
+    '(Runtime.getRuntime().availableProcessors() + " " + Runtime.getRuntime().maxMemory())',
+)
 # Of the standard library: processes that accept at one socket, and a parent that replaces them.
 FORKING = """
 import http.server, os, socket
@@ -370,6 +374,24 @@ class Images(Hosted):
                     files.put(f'/app/{path}', content)
                 archive = image(programs.java(), files, command=['java', '-cp', '/app', 'Main'])
                 self.serves(name, archive, kept=kept)
+
+    def test_java_knows_its_limits(self):
+        files = programs.Files()
+        for path, content in programs.compiled_java('Main', JAVA_LIMITS).items():
+            files.put(f'/app/{path}', content)
+        ipv6 = self.deploy('limits', image(programs.java(), files, command=['java', '-cp', '/app', 'Main']))['ipv6']
+        processors, heap = map(int, self.visit(ipv6, times=1)[0][1].split())
+        self.assertEqual(1, processors)
+        self.assertLess(heap, 256 << 20)
+
+    def test_where_it_sees_its_limits_nothing_can_be_written(self):
+        command = 'for f in $(find /sys -type d); do mkdir $f/x 2>/dev/null && echo $f; done; find /sys | wc -l'
+        command = f'({command}) >/www/index.html; exec httpd -f -p 80 -h /www'
+        files = programs.Files().folder('/www')
+        for name in ('find', 'mkdir', 'wc', 'httpd'):
+            files.link(f'/usr/bin/{name}', 'busybox')
+        ipv6 = self.deploy('limits-written', image(programs.busybox(), files, command=['sh', '-c', command]))['ipv6']
+        self.assertGreater(int(self.visit(ipv6, times=1)[0][1]), 10)
 
     def test_busybox_httpd(self):
         files = programs.Files().put('/www/cgi-bin/peer', CGI, 0o755).put('/www/index.html', 'busybox')
