@@ -1337,6 +1337,7 @@ exec /real/%s "$@"
 
 
 @lab.needs_root
+@unittest.skipIf(sys.version_info < (3, 11), 'faasd does not run on it')
 class TestUploads(unittest.TestCase):
     """`faas new` of images by every way in, to a real faasd: the program of the image is this machine's busybox."""
 
@@ -1482,6 +1483,7 @@ class TestUploads(unittest.TestCase):
 
 
 @lab.needs_root
+@unittest.skipIf(sys.version_info < (3, 11), 'faasd does not run on it')
 class TestUploadsThroughTheTunnel(unittest.TestCase):
     """What an admin peer uploads by TCP, where a server that closes early can reset its own answer."""
 
