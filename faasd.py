@@ -16,6 +16,7 @@ import http.server
 import ipaddress
 import itertools
 import json
+import math
 import os
 import pathlib
 import queue
@@ -54,7 +55,7 @@ ENV_FILE = '/etc/faasd/faasd.env'
 PR_SET_CHILD_SUBREAPER = 36
 MOST_JSON = 64 << 10  # bytes of a JSON request body
 PAUSE_S = 300  # how long an upload may stand still: what makes the archive may take its time
-MOST_DRAINED = 16 << 20  # bytes that are read of what was refused
+DRAIN_S = 3  # how long is read what was refused
 FUNCTIONS = 'fd00:faa5:1::/48'
 TICK_S, CLOSELY_TICKS = 1, 5  # how often the guard looks, and looks closely
 
@@ -1263,14 +1264,13 @@ class Chunks:
             if not self._first and self._line():
                 raise RequestError(400, 'a chunk is longer than it says')
             self._first = False
-            size = self._line().partition(b';')[0].strip()
-            if not re.fullmatch(rb'[0-9a-fA-F]{1,8}', size):
+            size = re.fullmatch(rb'([0-9a-fA-F]{1,8})([ \t]*;[^\r]*)?', self._line())
+            if not size:
                 raise RequestError(400, 'a chunk has no size')
-            self._left = int(size, 16)
+            self._left = int(size[1], 16)
             self._over = not self._left
-            for _ in range(self.TRAILERS if self._over else 0):
-                if not self._line():
-                    break
+            if self._over and all(self._line() for _ in range(self.TRAILERS)):
+                raise RequestError(400, 'the last chunk has too many trailers')
         if self._over:
             return b''
         data = self._file.read1(min(most, self._left))
@@ -1281,7 +1281,7 @@ class Chunks:
 
     def _line(self):
         line = self._file.readline(self.LINE)
-        if not line:
+        if not line.endswith(b'\n') and len(line) < self.LINE:
             raise EOFError
         if not line.endswith(b'\r\n'):
             raise RequestError(400, 'a chunk has no end of line')
@@ -1408,22 +1408,26 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
 
     def _body_length(self, path):
         """Note how long the body is. Raises RequestError when that is not said as it must be."""
-        text = self.headers.get('Content-Length')
-        if coding := self.headers.get('Transfer-Encoding'):
+        lengths, codings = (self.headers.get_all(key, []) for key in ('Content-Length', 'Transfer-Encoding'))
+        malformed = self.headers.get_payload()  # a line that is no header, and all after it
+        if codings or malformed or len(lengths) > 1:  # where the next request begins, others may see otherwise
             self.close_connection = True
-            if text is not None:
-                raise RequestError(400, 'both Content-Length and Transfer-Encoding')
-            if (self.command, path) != ('POST', '/api/new') or coding.lower() != 'chunked':
-                raise RequestError(411, f'a body that is {coding[:40]} is not taken', 'send Content-Length')
+            self._unread = math.inf
+        if malformed:
+            raise RequestError(400, 'a header is malformed')
+        if len(lengths) + len(codings) > 1:
+            raise RequestError(400, 'the length of the body is said twice')
+        if codings:
+            if (self.command, path) != ('POST', '/api/new') or codings[0].lower() != 'chunked':
+                raise RequestError(411, f'a body that is {codings[0][:40]} is not taken', 'send Content-Length')
             self._chunks = Chunks(self.rfile)
-            self._unread = MOST_DRAINED
             return
-        if text is None and self.command == 'POST':
+        if not lengths and self.command == 'POST':
             raise RequestError(411, 'Content-Length is missing')
-        if text is not None and not re.fullmatch('[0-9]{1,18}', text):
+        if lengths and not re.fullmatch('[0-9]{1,18}', lengths[0]):
             self.close_connection = True
             raise RequestError(400, 'Content-Length is no number')
-        self._unread = int(text or 0)
+        self._unread = int(lengths[0]) if lengths else 0
 
     def _read(self, most):
         if self._chunks:
@@ -1445,7 +1449,8 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
 
     def _cut_off(self):
         self._unread, self.close_connection = 0, True
-        raise RequestError(400, 'the body ended before its Content-Length', 'try again')
+        end = 'last chunk' if self._chunks else 'Content-Length'
+        raise RequestError(400, f'the body ended before its {end}', 'try again')
 
     def _drain(self):
         """Read what was not wanted, within reason.
@@ -1458,9 +1463,9 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
                 self.connection.shutdown(socket.SHUT_WR)
                 self.connection.settimeout(1)
                 self._chunks = None  # whatever they are
-                for _ in range(MOST_DRAINED >> 18):
-                    if not self._unread or not self._read(1 << 18):
-                        break
+                deadline = time.monotonic() + DRAIN_S
+                while self._unread and time.monotonic() < deadline and self._read(image.CHUNK):
+                    pass
 
     def _refuse(self, error):
         status = http_status(error)

@@ -1024,6 +1024,84 @@ class TestFolder(Case):
             self.assertFalse(faas.is_archive(start), start[:9])
 
 
+class TestUpload(Case):
+    """What is sent of an archive, and what is shown of it."""
+
+    def setUp(self):
+        super().setUp()
+        self.ours, self.theirs = socket.socketpair()
+        for end in (self.ours, self.theirs):
+            self.addCleanup(end.close)
+
+    def pipe(self):
+        """(the end to read from, the end to write to)"""
+        reader, writer = os.pipe()
+        return [self.enterContext(open(fd, mode, buffering=0)) for fd, mode in ((reader, 'rb'), (writer, 'wb'))]
+
+    def sent(self, stream, length, first=b''):
+        return b''.join(faas.blocks(stream, length, first, self.ours))
+
+    def test_a_file_is_sent_as_long_as_it_was_said_to_be(self):
+        data = os.urandom(3 * faas.BLOCK + 5)
+        for length in (0, 1, faas.BLOCK, len(data) - 1, len(data)):
+            self.assertEqual(data[:length], self.sent(io.BytesIO(data), length))
+            self.assertEqual(data[:length], self.sent(io.BytesIO(data[512:]), length, data[:512]))
+        self.assertIn('became shorter', self.failure(self.sent, io.BytesIO(data), len(data) + 1).message)
+
+    def test_a_pipe_is_sent_to_its_end(self):
+        reader, writer = self.pipe()
+        writer.write(b'and more')
+        writer.close()
+        self.assertEqual(b'first and more', self.sent(reader, None, b'first '))
+
+    def test_an_answer_ends_it_also_while_the_pipe_brings_nothing(self):
+        reader, _ = self.pipe()
+        got = faas.blocks(reader, None, b'first', self.ours)
+        self.assertEqual(b'first', next(got))
+        self.theirs.sendall(b'HTTP/1.1 413 ')
+        self.assertEqual([], list(got))
+        self.assertEqual(b'', self.sent(io.BytesIO(b'x'), 1))
+
+    def test_what_cannot_be_read_is_no_fault_of_the_server(self):
+        stream = mock.Mock(read=mock.Mock(side_effect=OSError(5, 'Input/output error')))
+        self.assertIn('the archive cannot be read: Input', self.failure(self.sent, stream, 5).message)
+
+    def progress(self, total, *steps):
+        """The lines that it shows for steps of (seconds, bytes)."""
+        with mock.patch.object(faas.time, 'monotonic', return_value=1000.0) as clock, \
+                mock.patch.object(faas.Progress, 'line') as line:
+            progress = faas.Progress(total)
+            for seconds, count in steps:
+                clock.return_value += seconds
+                progress.add(count)
+        return [call[0][0] for call in line.call_args_list]
+
+    def test_progress_tells_the_rate_of_the_last_seconds(self):
+        mib = 1 << 20
+        self.assertEqual(['Uploading  20 MiB of 500 MiB   4 %   20 MiB/s   24 seconds left',
+                          'Uploading  40 MiB of 500 MiB   8 %   20 MiB/s   23 seconds left'],
+                         self.progress(500 * mib, *[(1, 20 * mib)] * 2))
+        self.assertEqual(['Uploading  20 MiB   20 MiB/s'], self.progress(None, (1, 20 * mib)))
+        self.assertIn('   50 MiB/s', self.progress(None, *[(1, 5 * mib)] * 9, *[(1, 50 * mib)] * 4)[-1])
+        self.assertEqual(1, len(self.progress(None, *[(0.01, mib)] * 14)))
+
+    def test_progress_after_a_pause_is_no_nonsense(self):
+        mib = 1 << 20
+        shown = self.progress(500 * mib, (1, 20 * mib), (1, 20 * mib), (10, 20 * mib))
+        self.assertEqual('Uploading  60 MiB of 500 MiB   12 %   2 MiB/s   3 minutes left', shown[-1])
+
+    def test_progress_fits_the_terminal_and_is_nowhere_else(self):
+        err = mock.Mock(encoding='utf-8', isatty=lambda: True)
+        with mock.patch.object(sys, 'stderr', err), \
+                mock.patch.object(faas.os, 'get_terminal_size', return_value=os.terminal_size((20, 5))):
+            faas.Progress(None).line('x' * 70)
+        self.assertEqual('\r\x1b[K' + 'x' * 19, err.write.call_args_list[0][0][0])
+        err = io.StringIO()
+        with mock.patch.object(sys, 'stderr', err), faas.Progress(None) as progress:
+            progress.line('x')
+        self.assertEqual('', err.getvalue())
+
+
 class TestMain(Case):
     def test_usage_errors_are_one_line_and_exit_2(self):
         for words in ([], ['x'], ['vpn'], ['vpn', 'x'], ['new'], ['new', 'a', 'b', 'c'], ['list', '--yaml'], ['ip'],
@@ -1259,6 +1337,7 @@ exec /real/%s "$@"
 
 
 @lab.needs_root
+@unittest.skipIf(sys.version_info < (3, 11), 'faasd does not run on it')
 class TestUploads(unittest.TestCase):
     """`faas new` of images by every way in, to a real faasd: the program of the image is this machine's busybox."""
 
@@ -1322,40 +1401,59 @@ class TestUploads(unittest.TestCase):
         self.faas('faas new both both.tar --image b:2')
         self.serves('both', 'the other\n')
 
+    def resident(self, kind='VmHWM'):
+        """MiB of memory that the daemon has (VmRSS), or had at its most."""
+        daemon = self.host.run(['pgrep', '-o', '-f', '^[^ ]*python3? .*faasd.py']).stdout.strip()
+        status = self.host.path(f'/proc/{daemon}/status').read_text()
+        return int(re.search(rf'{kind}:\s*(\d+) kB', status)[1]) >> 10
+
     def test_memory_stays_flat_on_both_sides(self):
-        self.big(200 << 20)
-        (daemon,) = self.host.run(['pgrep', '-f', '^[^ ]*python3? .*faasd.py']).stdout.split()[:1]
-
-        def resident():
-            status = self.host.path(f'/proc/{daemon}/status').read_text()
-            return int(re.search(r'VmHWM:\s*(\d+) kB', status)[1]) >> 10
-
+        self.big(300 << 20)
         self.faas('faas new flat small.tar')
-        before = resident()
+        before = self.resident()
         measure = 'import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=2); '
         measure += 'print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10)'
         client = f"/usr/bin/python3 -c '{measure}' /usr/bin/python3 {lab.REPO}/faas new flat"
         for way in (f'{client} big.tar', f'cat big.tar | {client}'):
             self.assertLess(int(self.sh(way).stdout), 64, way)
-        self.assertLess(resident() - before, 32)
+        self.assertLess(self.resident() - before, 32)
 
     def test_an_interrupted_upload_leaves_nothing(self):
-        self.big(100 << 20)
         functions = self.host.path('/var/lib/faasd/functions')
+        self.faas('faas new whole small.tar')
         names, layers = set(os.listdir(functions)), set(os.listdir(functions.parent / 'layers'))
-        slowly = '(head -c 50M big.tar; sleep 60) | exec'
-        process = self.host.popen(['sh', '-c', f'cd /root/uploads; {slowly} {lab.REPO}/faas new cut'],
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        try:
-            lab.wait_until(lambda: set(os.listdir(functions)) != names, 20, 'the upload')
-            self.host.run(['pkill', '-INT', '-f', 'faas new cut'])
-            lab.wait_until(lambda: set(os.listdir(functions)) == names, 20, 'the end of it')
-        finally:
-            self.host.run(['pkill', '-KILL', 'sleep'], ok=None)
-            said, _ = process.communicate(timeout=20)
-        self.assertIn('error: interrupted\n', said)
+        memory = self.resident('VmRSS')
+        reader, writer = os.pipe()
+        process = self.host.popen([f'{lab.REPO}/faas', 'new', 'cut'], stdin=reader, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, text=True)
+        os.close(reader)
+        with open(writer, 'wb', buffering=0) as pipe:
+            pipe.write(self.small)
+            for _ in range(150):                   # nobody takes the last of it before the others
+                pipe.write(bytes(1 << 20))
+            self.assertTrue([name for name in set(os.listdir(functions)) - names if name.startswith('.incoming-')])
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=20)
+        self.assertEqual((130, '', 'error: interrupted\n'), (process.returncode, *said))
+        lab.wait_until(lambda: set(os.listdir(functions)) == names, 20, 'the end of it')
         self.assertEqual(layers, set(os.listdir(functions.parent / 'layers')))
         self.assertNotIn('cut', [each['name'] for each in self.server.api('GET', '/api/list').json])
+        self.assertLess(self.resident('VmRSS') - memory, 8)
+        self.faas('faas new cut small.tar')        # the name is free
+
+    def test_a_refusal_is_heard_while_the_pipe_is_silent(self):
+        reader, writer = os.pipe()
+        process = self.host.popen([f'{lab.REPO}/faas', 'new', 'ns'], stdin=reader, stderr=subprocess.PIPE, text=True)
+        os.close(reader)
+        with open(writer, 'wb', buffering=0) as pipe:
+            pipe.write(self.small[:20000])
+            said = process.communicate(timeout=10)[1]
+        self.assertRegex(said, r"\Aerror: 'ns' is reserved\nhint: ")
+        self.assertEqual(1, process.returncode)
+
+    def test_a_path_may_be_a_pipe(self):
+        self.sh(f"bash -c '{lab.REPO}/faas new named <(cat small.tar)'")
+        self.serves('named')
 
     def test_a_refusal_in_the_middle_of_an_upload_is_heard(self):
         for command in (
@@ -1382,6 +1480,45 @@ class TestUploads(unittest.TestCase):
             self.assertTrue(said.endswith('\r\x1b[K'), said[-40:])
         os.close(ours)
         os.close(theirs)
+
+
+@lab.needs_root
+@unittest.skipIf(sys.version_info < (3, 11), 'faasd does not run on it')
+class TestUploadsThroughTheTunnel(unittest.TestCase):
+    """What an admin peer uploads by TCP, where a server that closes early can reset its own answer."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.host, cls.laptop = cls.enterClassContext(lab.pair())
+        cls.server = cls.enterClassContext(serving.standalone(cls.host, FAAS_MAX_UPLOAD='8M'))
+        token = cls.host.run([FAAS, 'vpn', 'invite', 'laptop', '--admin']).stdout.strip()
+        cls.laptop.run([FAAS, 'vpn', 'connect', '--invite', token])
+        cls.addClassCleanup(cls.laptop.run, [FAAS, 'vpn', 'disconnect'], ok=None)
+        cls.laptop.path('/root/function.tar').write_bytes(
+            serving.archive({'handler.py': serving.HELLO % serving.answer('by tunnel'), 'x': 'x' * (6 << 20)}))
+
+    def sh(self, command, ok=(0,)):
+        return self.laptop.run(['bash', '-c', f'cd /root; faas={FAAS}; {command}'], ok=ok, timeout_s=100)
+
+    def test_files_and_pipes(self):
+        for command in ('$faas new tunnel function.tar', 'cat function.tar | $faas new tunnel'):
+            self.assertIn('Deployed tunnel', self.sh(command).stdout)
+        self.assertEqual('by tunnel', self.server.get(self.server.api('GET', '/api/ip/tunnel').json['ipv6']))
+
+    def refusals(self):
+        for command in ('cp function.tar long; truncate -s 3G long; $faas new long long',
+                        'cat function.tar - </dev/zero | $faas new long'):
+            with self.subTest(command):
+                said = self.sh(command, ok=(1,)).stderr
+                self.assertRegex(said, r'\Aerror: .* more than FAAS_MAX_UPLOAD, 8388608\nhint: leave out')
+
+    def test_a_refusal_is_heard(self):
+        self.refusals()
+
+    def test_a_refusal_is_heard_on_a_slow_link(self):
+        self.laptop.sh('tc qdisc add dev eth0 root tbf rate 16mbit burst 32k latency 300ms')
+        self.addCleanup(self.laptop.sh, 'tc qdisc del dev eth0 root')
+        self.refusals()
 
 
 @lab.needs_root

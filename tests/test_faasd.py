@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import hmac
 import http.client
+import io
 import json
 import os
 import re
@@ -158,6 +159,47 @@ class MayTest(unittest.TestCase):
         for role, may in allowed.items():
             self.assertEqual(may, {verb for verb in verbs if faasd.may(faasd.Caller(role, 'me'), verb, 'other')}, role)
         self.assertTrue(faasd.may(faasd.Caller('peer', 'me'), 'vpn_remove', 'me'))
+
+
+class ChunksTest(unittest.TestCase):
+    def read(self, body, most=4):
+        chunks = faasd.Chunks(io.BufferedReader(io.BytesIO(body)))
+        return b''.join(iter(lambda: chunks.read(most), b''))
+
+    def test_what_the_standard_allows(self):
+        for body in (
+            b'5\r\nhello\r\n0\r\n\r\n',
+            b'00000005\r\nhello\r\n00\r\n\r\n',
+            b'1\r\nh\r\n4;a="b;c"\r\nello\r\n0 ;x\r\nTrailer: x\r\nOther: y\r\n\r\n',
+        ):
+            self.assertEqual(b'hello', self.read(body))
+            self.assertEqual(b'hello', self.read(body, 1 << 20))
+        self.assertEqual(b'\r\n0\r\n', self.read(b'5\r\n\r\n0\r\n\r\n0\r\n\r\n'))
+
+    def test_what_it_does_not(self):
+        for body in (
+            b'\r\n',
+            b' 5\r\nhello\r\n0\r\n\r\n',
+            b'5 \r\nhello\r\n0\r\n\r\n',
+            b'+5\r\nhello\r\n0\r\n\r\n',
+            b'0x5\r\nhello\r\n0\r\n\r\n',
+            b'000000005\r\nhello\r\n0\r\n\r\n',
+            b'5\nhello\n0\n\n',
+            b'5;\rx\r\nhello\r\n0\r\n\r\n',
+            b'5\r\nhello!\r\n0\r\n\r\n',
+            b'5\r\nhello\n0\r\n\r\n',
+            b'5;' + b'x' * 5000 + b'\r\nhello\r\n0\r\n\r\n',
+            b'0\r\n' + b'a: b\r\n' * 100 + b'\r\n',
+        ):
+            with self.subTest(body[:30]), self.assertRaises(faasd.RequestError) as caught:
+                self.read(body)
+            self.assertEqual(400, caught.exception.status)
+
+    def test_one_that_is_cut(self):
+        whole = b'5;x\r\nhello\r\n0\r\nTrailer: x\r\n\r\n'
+        for end in range(len(whole)):
+            with self.subTest(end), self.assertRaises(EOFError):
+                self.read(whole[:end])
 
 
 @lab.needs_root
@@ -335,6 +377,10 @@ class OneServer(unittest.TestCase):
             (chunked + b'5\r\nhello!\r\n0\r\n\r\n', 400),
             (chunked + b'5\r\nhel', 400),
             (chunked + b'5\r\nhello\r\n', 400),
+            (chunked + b'5', 400),
+            (chunked + b' 5\r\nhello\r\n0\r\n\r\n', 400),
+            (chunked + b'5;\rx\r\nhello\r\n0\r\n\r\n', 400),
+            (chunked + b'0\r\n' + b'Trailer: x\r\n' * 100 + b'\r\n', 400),
             (chunked + b';' * 9999, 400),
             (chunked + (b'80000\r\n' + b'x' * 0x80000 + b'\r\n') * 3 + b'0\r\n\r\n', 413),
             (new + b'Content-Length: 99999999\r\n\r\n' + b'x' * 4096, 413),
@@ -352,6 +398,44 @@ class OneServer(unittest.TestCase):
                 self.assertEqual(status, got)
                 self.assertTrue(body['error'])
         self.assertEqual(before, self.remains())
+
+    def test_where_a_body_ends_is_said_once_or_not_taken(self):
+        """Else whoever stands between could see another request begin in what is a body to us."""
+        hidden = b'0\r\n\r\nGET /api/list HTTP/1.1\r\nHost: x\r\n\r\n'
+        for headers, status in (
+            (b'Content-Length: 5\r\nTransfer-Encoding: chunked\r\n', 400),
+            (b'Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n', 400),
+            (b'Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n', 400),
+            (b'Content-Length: 5\r\nContent-Length: 50\r\n', 400),
+            (b'Content-Length: 5\r\nTransfer-Encoding:\r\n', 400),
+            (b'Content-Length: 5\r\nTransfer-Encoding : chunked\r\n', 400),
+            (b'Transfer-Encoding:\r\n chunked\r\n', 411),
+            (b'Transfer-Encoding: xchunked\r\n', 411),
+            (b'Transfer-Encoding: chunked, identity\r\n', 411),
+        ):
+            with self.subTest(headers):
+                request = b'POST /api/new?name=body HTTP/1.1\r\nHost: x\r\n' + headers + b'\r\n' + hidden
+                self.assertEqual(status, self.raw(request)[0])  # and its JSON ends the answer: no second one follows
+
+    def test_a_body_that_is_cut_says_what_is_missing(self):
+        new = b'POST /api/new?name=body HTTP/1.1\r\nHost: x\r\n'
+        for rest, missing in (
+            (b'Content-Length: 9\r\n\r\nhel', 'its Content-Length'),
+            (b'Transfer-Encoding: chunked\r\n\r\n9\r\nhel', 'its last chunk'),
+            (b'Transfer-Encoding: chunked\r\n\r\n9', 'its last chunk'),
+        ):
+            status, body = self.raw(new + rest, shut=True)
+            self.assertEqual((400, f'the body ended before {missing}'), (status, body['error']))
+
+    def test_an_answer_arrives_though_the_client_goes_on_sending(self):
+        """Had the server closed with much unread, the client could find a reset in place of the answer."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(10)
+            sock.connect(str(self.host.path('/run/faasd/faasd.sock')))
+            sock.sendall(b'POST /api/new?name=body HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n')
+            for _ in range(100):  # more than is read of it in a few pieces
+                sock.sendall(bytes(1 << 20))
+            self.assertRegex(sock.recv(65536), b'\\AHTTP/1.1 413 ')
 
     def test_what_http_server_itself_refuses_is_json_too(self):
         for request, status in (
