@@ -164,7 +164,7 @@ class Machine:
         joe = ['runuser', '--user=joe', '--', 'env', f'--chdir=/home/joe/{folder}',
                'HOME=/home/joe', 'USER=joe', 'SHELL=/bin/sh', 'TERM=xterm']
         done = self.run([*joe, *terminal], ok=None, **options)
-        shown = re.sub('[^\n]*\r\033\\[K', '', done.stdout)  # what was wiped is not seen
+        shown = re.sub('[^\n]*\n\033\\[K', '', done.stdout)  # what was wiped; \r has become \n on its way
         return done.returncode, re.sub('\r|\033\\[[\\d;]*m', '', shown)
 
     def reboot(self):
