@@ -16,7 +16,7 @@ import weakref
 
 from handlers import listener, protocol
 from handlers.container import ID_RANGE
-from handlers.instance import ADOPTED, Handler, Program, Revision, StartFailed, Surroundings, text_of
+from handlers.instance import ADOPTED, GRACE_S, Handler, Program, Revision, StartFailed, Surroundings, text_of
 
 __all__ = ['Pool', 'Revision', 'StartFailed', 'Surroundings', 'progress', 'text_of']
 
@@ -207,7 +207,11 @@ class Pool:
                 self._serving = None
         elif forked or listens_itself(former):
             self.gate(False)
-            self.front.steer(instance.listener if forked else self.front.fork())
+            try:
+                fork = instance.listener if forked else self.front.fork()
+            except OSError:  # then both have this one, until the former has ended
+                return former.stop(0, GRACE_S)
+            self.front.steer(fork)
             self._drain(former)
         else:
             former.stop(IDLE_S, DRAIN_S)
@@ -257,7 +261,8 @@ class Pool:
         if not self.front or not serving or self._closed:
             return
         if listens_itself(serving) and not listener.listens(self.front.sock):
-            self.front.revive()
+            with contextlib.suppress(OSError):  # it is looked at again in a second
+                self.front.revive()
         if counts or self._pending or listener.queued(self.front.sock) or serving.connections:
             self._used = counted
         elif 0 < self.around.idle_timeout_s < counted - self._used and not self._starting and not self._trial:
@@ -268,8 +273,12 @@ class Pool:
         if listens_itself(serving):
             if not self.front.may_fork:
                 return
+            try:
+                fork = self.front.fork()
+            except OSError:  # it is looked at again in a second
+                return
             self.gate(False)
-            self.front.steer(self.front.fork())
+            self.front.steer(fork)
             self._drain(serving)
         else:
             serving.stop(0, DRAIN_S)
@@ -372,9 +381,10 @@ class Pool:
             self._pending.pop().close()
         drained = None
         if self.serves_itself() and self.front and self.front.may_fork:
-            self.front.steer(self.front.fork())  # what comes now is refused in the end, as if nobody had listened
-            drained = self._serving
-            self._drain(drained, within_s)
+            with contextlib.suppress(OSError):  # then what it has not accepted is cut off
+                self.front.steer(self.front.fork())  # what comes now is refused in the end, as if nobody had listened
+                drained = self._serving
+                self._drain(drained, within_s)
         for instance in list(self._instances):
             if instance is not drained:
                 instance.stop(0, within_s)
