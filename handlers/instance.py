@@ -18,6 +18,7 @@ from handlers.image import signal_number
 
 MOST_CONNECTIONS = 1024  # handed to one instance at a time; more wait in the listener's backlog
 MOST_MESSAGES = 256  # of one instance before the others have their turn
+MOST_ASKING, PAUSE_S = 64, 0.01  # connections to the control socket in one turn, and how long after so many
 SETTLE_S = 0.3  # how long a server that listens on IPv4 may take until it listens on IPv6 as well
 PROBE_S = 5
 GRACE_S = 10  # how long a program may finish what it holds before it gets its stop signal
@@ -156,8 +157,10 @@ class Instance:
         before, self.state = self.state, 'dead'
         if not self.up.done():
             self.up.set_exception(StartFailed(reason, self._pipe.tail() if self._pipe else (), self.hint))
-        self.pool.ended(self, before, reason)
-        self.gone.set_result(None)
+        try:
+            self.pool.ended(self, before, reason)
+        finally:  # or who removes it would wait for ever
+            self.gone.set_result(None)
 
 
 class Handler(Instance):
@@ -369,18 +372,26 @@ class Program(Instance):
     # Being handed connections
 
     def _asked(self):
+        """Take in who has connected; one that does so without end is heard again after a pause, not all the time."""
+        control = self._container.control
         with contextlib.suppress(BlockingIOError):
-            while True:
-                asking, _ = self._container.control.accept()
+            for _ in range(MOST_ASKING):
+                asking, _ = control.accept()
                 asking.setblocking(False)
                 self._asking.append(asking)
                 if len(self._asking) > self.most:
                     self._asking.popleft().close()
-                if self.kind is None:
-                    self._injection.enough()
-                    self._is_up(CONTROL)
-                elif self.kind == CONTROL:
-                    self.pool.flush()
+            self._around.loop.unwatch(control.fileno())
+            self._around.loop.later(PAUSE_S, self._ask_again, control)
+        if self._asking and self.kind is None:
+            self._injection.enough()
+            self._is_up(CONTROL)
+        elif self.kind == CONTROL:
+            self.pool.flush()
+
+    def _ask_again(self, control):
+        if self._container and self._container.control is control:
+            self._around.loop.watch(control.fileno(), self._asked)
 
     def takes(self):
         """True if a connection that is accepted now would be taken at once."""
