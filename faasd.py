@@ -373,6 +373,7 @@ class Faasd:
         self._stopping, self._end = threading.Event(), os.eventfd(0, os.EFD_CLOEXEC)  # the second wakes the guard
         self._functions = {}  # id → (Function, Pool)
         self._pools = {}  # the same, and those that are about to end
+        self._unopened = {}  # id → (Function, its Revision or None): of those that have no listener yet
         self._changes, self._changed = 0, threading.Condition()  # how many are under way
         self._children = {}  # what standalone supervises: name → process
         self._ailing = {}  # what is wrong now: area → text
@@ -466,7 +467,11 @@ class Faasd:
                 revision = self._revision(function, function.revision)
             except (OSError, ValueError) as error:  # the others are not to blame
                 self.emit('handler', f'{function.name}: {error}: deploy it again', name=function.name, problem=True)
-            self._open(function, revision, *(adoptable.get(function.name, ()) if revision else ()))
+            try:
+                self._open(function, revision, *(adoptable.get(function.name, ()) if revision else ()))
+            except OSError as error:
+                self.emit('listener', f'{function.name}: {error}', name=function.name, problem=True)
+                self._unopened[function.id] = function, revision
         self.zone.sync()
         forwarders = settings['dns_forward'] or dns_manager.default_forwarders(
             own=(registry.GATEWAY, registry.ZONE_SERVER)
@@ -708,14 +713,31 @@ class Faasd:
         """
         its_pool = pool.Pool(function.name, container.Log(f'{self._folder(function)}/log'), self._around)
         its_pool.revision = revision
-        self.server.add_listener(function.ipv6, function.name, its_pool, sock)
+        try:
+            self.server.add_listener(function.ipv6, function.name, its_pool, sock)
+        except OSError:
+            if left:
+                left.kill()
+                self._around.containers.remove(left)
+            raise
         self._functions[function.id] = self._pools[function.id] = function, its_pool
         if left:
             self.loop.wait(its_pool.adopt, left, sock)
         return its_pool
 
+    def _open_others(self):
+        """Open the functions that could not be at the start. Raises OSError when one still cannot.
+
+        A function may have made the options of its connections such that nobody can listen beside them, and the kernel
+        keeps them for a minute.
+        """
+        for ident, (function, revision) in list(self._unopened.items()):
+            self._open(function, revision)
+            self._unopened.pop(ident, None)
+
     def _shut(self, function, within_s):
         """Undo _open; what runs may finish within within_s seconds, or goes on at a handover."""
+        self._unopened.pop(function.id, None)
         _, its_pool = self._functions.pop(function.id, (None, None))
         if its_pool and self._handover:
             self.loop.wait(self._leave, function, its_pool)
@@ -779,8 +801,10 @@ class Faasd:
                 self.addresses.sync()
                 its_pool = self._open(function)
                 steps.callback(lambda: self._shut(function, 5).result())
-            else:
+            elif function.id in self._functions:
                 _, its_pool = self._functions[function.id]
+            else:
+                raise RequestError(503, f'{name} has no listener at the moment', 'try again in a minute')
             instance = its_pool.start(self._revision(function, number))
             steps.callback(its_pool.discard, instance)
             self.registry.commit_revision(function, number)
@@ -1081,6 +1105,7 @@ class Faasd:
                 self._guard_step(self.vpn.interface, self._look_after_interface, links in changed or closely)
                 if closely:
                     self._guard_step('registry', self.registry.abandon_stale)
+                    self._guard_step('listener', self._open_others)
                 self._guard_step('dns', self._look_after_children)
                 self._guard_step('enroll', self._adjust_enroll)
                 for name in ('peers', 'zone', 'addresses'):
@@ -1106,7 +1131,8 @@ class Faasd:
 
     def _spread(self, counts, now):
         for function, its_pool in list(self._pools.values()):
-            its_pool.look(counts.get(str(ipaddress.ip_address(function.ipv6)), {}), now)
+            of_its = counts.get(str(ipaddress.ip_address(function.ipv6)), {})
+            self.loop.call(its_pool.look, of_its, now)  # apart: one's fault is not to keep the others from theirs
 
     def _look_after_rules(self):
         if self.vpn.rules_loaded():
@@ -1418,6 +1444,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
             self._unread = MOST_DRAINED
             return
         if text is None and self.command == 'POST':
+            self.close_connection = True  # what follows may be a body all the same, and no request
             raise RequestError(411, 'Content-Length is missing')
         if text is not None and not re.fullmatch('[0-9]{1,18}', text):
             self.close_connection = True
