@@ -375,6 +375,7 @@ class Faasd:
         self._stopping, self._end = threading.Event(), os.eventfd(0, os.EFD_CLOEXEC)  # the second wakes the guard
         self._functions = {}  # id → (Function, Pool)
         self._pools = {}  # the same, and those that are about to end
+        self._unopened = {}  # id → (Function, its Revision or None): of those that have no listener yet
         self._changes, self._changed = 0, threading.Condition()  # how many are under way
         self._children = {}  # what standalone supervises: name → process
         self._ailing = {}  # what is wrong now: area → text
@@ -468,7 +469,11 @@ class Faasd:
                 revision = self._revision(function, function.revision)
             except (OSError, ValueError) as error:  # the others are not to blame
                 self.emit('handler', f'{function.name}: {error}: deploy it again', name=function.name, problem=True)
-            self._open(function, revision, *(adoptable.get(function.name, ()) if revision else ()))
+            try:
+                self._open(function, revision, *(adoptable.get(function.name, ()) if revision else ()))
+            except OSError as error:
+                self.emit('listener', f'{function.name}: {error}', name=function.name, problem=True)
+                self._unopened[function.id] = function, revision
         self.zone.sync()
         forwarders = settings['dns_forward'] or dns_manager.default_forwarders(
             own=(registry.GATEWAY, registry.ZONE_SERVER)
@@ -710,14 +715,31 @@ class Faasd:
         """
         its_pool = pool.Pool(function.name, container.Log(f'{self._folder(function)}/log'), self._around)
         its_pool.revision = revision
-        self.server.add_listener(function.ipv6, function.name, its_pool, sock)
+        try:
+            self.server.add_listener(function.ipv6, function.name, its_pool, sock)
+        except OSError:
+            if left:
+                left.kill()
+                self._around.containers.remove(left)
+            raise
         self._functions[function.id] = self._pools[function.id] = function, its_pool
         if left:
             self.loop.wait(its_pool.adopt, left, sock)
         return its_pool
 
+    def _open_others(self):
+        """Open the functions that could not be at the start. Raises OSError when one still cannot.
+
+        A function may have made the options of its connections such that nobody can listen beside them, and the kernel
+        keeps them for a minute.
+        """
+        for ident, (function, revision) in list(self._unopened.items()):
+            self._open(function, revision)
+            self._unopened.pop(ident, None)
+
     def _shut(self, function, within_s):
         """Undo _open; what runs may finish within within_s seconds, or goes on at a handover."""
+        self._unopened.pop(function.id, None)
         _, its_pool = self._functions.pop(function.id, (None, None))
         if its_pool and self._handover:
             self.loop.wait(self._leave, function, its_pool)
@@ -748,10 +770,11 @@ class Faasd:
         while concurrent.futures.wait(ends, timeout=0.2).not_done and time.monotonic() < deadline:
             self._attempt(self._look_at_connections)  # the guard, which does so otherwise, has ended
 
-    def new(self, name, read, length, reference=None):
+    def new(self, name, read, length, reference=None, is_wanted=lambda: True):
         """Deploy the archive that read(n) gives as `name`: `length` bytes, or to its end when that is None.
 
-        `reference` says which of several images. What served before serves until the new one is ready.
+        `reference` says which of several images. What served before serves until the new one is ready. When nobody
+        waits for the answer any more, which is_wanted() knows, all is undone.
         """
         registry.check_name(name, registry.RESERVED)
         if length is not None and length > self.settings['max_upload']:
@@ -781,10 +804,14 @@ class Faasd:
                 self.addresses.sync()
                 its_pool = self._open(function)
                 steps.callback(lambda: self._shut(function, 5).result())
-            else:
+            elif function.id in self._functions:
                 _, its_pool = self._functions[function.id]
-            instance = its_pool.start(self._revision(function, number))
+            else:
+                raise RequestError(503, f'{name} has no listener at the moment', 'try again in a minute')
+            instance = its_pool.start(self._revision(function, number), is_wanted)
             steps.callback(its_pool.discard, instance)
+            if not is_wanted():
+                raise ConnectionAbortedError
             self.registry.commit_revision(function, number)
             steps.pop_all()
         its_pool.switch(instance)
@@ -1083,6 +1110,7 @@ class Faasd:
                 self._guard_step(self.vpn.interface, self._look_after_interface, links in changed or closely)
                 if closely:
                     self._guard_step('registry', self.registry.abandon_stale)
+                    self._guard_step('listener', self._open_others)
                 self._guard_step('dns', self._look_after_children)
                 self._guard_step('enroll', self._adjust_enroll)
                 for name in ('peers', 'zone', 'addresses'):
@@ -1108,7 +1136,8 @@ class Faasd:
 
     def _spread(self, counts, now):
         for function, its_pool in list(self._pools.values()):
-            its_pool.look(counts.get(str(ipaddress.ip_address(function.ipv6)), {}), now)
+            of_its = counts.get(str(ipaddress.ip_address(function.ipv6)), {})
+            self.loop.call(its_pool.look, of_its, now)  # apart: one's fault is not to keep the others from theirs
 
     def _look_after_rules(self):
         if self.vpn.rules_loaded():
@@ -1423,6 +1452,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
             self._chunks = Chunks(self.rfile)
             return
         if not lengths and self.command == 'POST':
+            self.close_connection = True  # what follows may be a body all the same, and no request
             raise RequestError(411, 'Content-Length is missing')
         if lengths and not re.fullmatch('[0-9]{1,18}', lengths[0]):
             self.close_connection = True
@@ -1477,7 +1507,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         if isinstance(error, pool.StartFailed):
             answer |= {
                 'error': f'the function does not start: {answer["error"]}',
-                'log': error.log,
+                'log': [] if error.log == [first_line] else error.log,
                 'hint': error.hint or 'nothing has changed on the server; correct the function and deploy it again',
             }
         with contextlib.suppress(OSError):
@@ -1514,11 +1544,18 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         if self._chunks:
             read, length = self._bounded(self.server.faasd.settings['max_upload']), None
         try:
-            answer = self.server.faasd.new(name, read, length, reference)
+            answer = self.server.faasd.new(name, read, length, reference, self._client_is_there)
         except EOFError:
             self._cut_off()
         self._unread = 0
         self._json(answer)
+
+    def _client_is_there(self):
+        """False when whoever asked has gone. One who has only ended his sending is there, if it is a unix socket."""
+        gone = select.POLLHUP | (select.POLLRDHUP if self.connection.family != socket.AF_UNIX else 0)
+        poll = select.poll()
+        poll.register(self.connection, gone)
+        return not poll.poll(0)
 
     def _bounded(self, most):
         """A read(n) for a body of which nobody has said how long it is."""

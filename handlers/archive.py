@@ -224,6 +224,8 @@ def unzstd(chunks, start):
         if lines := complaints.read(4096).decode(errors='replace').split('\n')[0]:
             if 'not installed' in lines:
                 raise ImageError('it is packed by zstd, which this server lacks', 'on the server: install zstd')
+            if 'premature end' in lines:
+                raise ImageError('its zstd data ends early', 'send it again')
             raise ImageError(f'its zstd data is damaged: {lines!r}', 'send it again')
 
 

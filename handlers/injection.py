@@ -33,6 +33,7 @@ EPOLL_CTL_ADD, EPOLL_CTL_DEL = 1, 2
 BACKLOG = 4096
 DEFAULT_PORT = 80  # what $PORT says, unless the image or its EXPOSE knows better
 MOST_ORIGINALS = 64  # sockets of an instance that are kept to be given back
+MOST_FDINFO = 1 << 18  # letters about a process's epoll instances: thousands of registrations
 MOST_STATE = 1 << 20  # bytes of the container's state that comes with the notification descriptor
 BEST = (0, False)  # the first candidate, on IPv6: there is nothing to give back for
 # A function that does nothing but listen() shall not keep the others waiting, nor the accept loop.
@@ -109,13 +110,18 @@ def flags_of(tid, fd):
 
 
 def registrations(tid, fd):
-    """[(epoll descriptor there, events, data)] of the process's epoll instances that watch `fd`."""
-    found = []
+    """[(epoll descriptor there, events, data)] of the process's epoll instances that watch `fd`.
+
+    What is past MOST_FDINFO is not looked at: a process may have millions of them for us to read.
+    """
+    found, left = [], MOST_FDINFO
     for number in os.listdir(f'/proc/{tid}/fd'):
         with contextlib.suppress(OSError):
             if os.readlink(f'/proc/{tid}/fd/{number}') == 'anon_inode:[eventpoll]':
                 with open(f'/proc/{tid}/fdinfo/{number}') as file:
-                    lines = re.findall(r'tfd:\s*(\d+) events:\s*([0-9a-f]+) data:\s*([0-9a-f]+)', file.read())
+                    text = file.read(left)
+                left -= len(text)
+                lines = re.findall(r'tfd:\s*(\d+) events:\s*([0-9a-f]+) data:\s*([0-9a-f]+)', text)
                 found += [
                     (int(number), int(events, 16), int(data, 16)) for target, events, data in lines if int(target) == fd
                 ]

@@ -18,7 +18,8 @@ from handlers.image import signal_number
 
 MOST_CONNECTIONS = 1024  # handed to one instance at a time; more wait in the listener's backlog
 MOST_MESSAGES = 256  # of one instance before the others have their turn
-SETTLE_S = 0.3  # how long a server that listens on IPv4 may take until it listens on IPv6 as well
+MOST_ASKING, PAUSE_S = 64, 0.01  # connections to the control socket in one turn, and how long after so many
+SETTLE_S = 0.3  # how long one that is tried may take until it listens on IPv6 as well, or ends
 PROBE_S = 5
 GRACE_S = 10  # how long a program may finish what it holds before it gets its stop signal
 LOOK_S = 0.1
@@ -156,8 +157,10 @@ class Instance:
         before, self.state = self.state, 'dead'
         if not self.up.done():
             self.up.set_exception(StartFailed(reason, self._pipe.tail() if self._pipe else (), self.hint))
-        self.pool.ended(self, before, reason)
-        self.gone.set_result(None)
+        try:
+            self.pool.ended(self, before, reason)
+        finally:  # or who removes it would wait for ever
+            self.gone.set_result(None)
 
 
 class Handler(Instance):
@@ -322,14 +325,17 @@ class Program(Instance):
                 self._inside.append(where)
         elif self.kind is None and self.state == 'starting':
             before, self._family = self._family, family
-            if family == socket.AF_INET6 or not self.trial:
+            if not self.trial:
                 self._is_up(f'port {where[1]}')
             elif before is None:
                 self._around.loop.later(SETTLE_S, self._settled, where)
 
     def _settled(self, where):
+        """It has not ended just after it began to listen, and what it listens on may have become better."""
         if self.state == 'starting' and self._family == socket.AF_INET:
             self._around.workers.submit(self._probe, where)
+        elif self.state == 'starting':
+            self._is_up(f'port {where[1]}')
 
     def _probe(self, where):
         """In a worker thread: does it talk to IPv6 clients, though it made an IPv4 socket?"""
@@ -355,10 +361,10 @@ class Program(Instance):
         if self.state != 'starting':
             return
         text = f'it listens on {where[0]} port {where[1]}, for IPv4 alone'
-        hint = 'let it listen on [::]'
+        hint = 'let it listen on [::], as --host :: does'
         if heard == b'':
             return self.kill(f'{text}, and closes the connections of IPv6 clients, of which all are', hint)
-        self.warning, self.hint = f'{text}, and takes its clients for others than they are', hint
+        self.warning, self.hint = f'{text}: it works, but sees wrong client addresses', hint
         self._is_up(f'port {where[1]}')
 
     def _not_up(self):
@@ -367,23 +373,34 @@ class Program(Instance):
             return f'{reason}: it has neither listened on a port nor connected to {CONTROL}', hint
         places = ', '.join(f'{address} port {port}' for address, port in self._inside)
         wanted = ' or '.join(map(str, injection.candidates(self.revision.spec)))
-        return f'{reason}: it listens on {places} only', f'let it listen on [::], port {wanted}'
+        hint = f'let it listen on [::], port {wanted}'
+        if self.revision.spec.ports:
+            hint += ', or name its own port in EXPOSE, or as port in faas.toml'
+        return f'{reason}: it listens on {places} only', hint
 
     # Being handed connections
 
     def _asked(self):
+        """Take in who has connected; one that does so without end is heard again after a pause, not all the time."""
+        control = self._container.control
         with contextlib.suppress(BlockingIOError):
-            while True:
-                asking, _ = self._container.control.accept()
+            for _ in range(MOST_ASKING):
+                asking, _ = control.accept()
                 asking.setblocking(False)
                 self._asking.append(asking)
                 if len(self._asking) > self.most:
                     self._asking.popleft().close()
-                if self.kind is None:
-                    self._injection.enough()
-                    self._is_up(CONTROL)
-                elif self.kind == CONTROL:
-                    self.pool.flush()
+            self._around.loop.unwatch(control.fileno())
+            self._around.loop.later(PAUSE_S, self._ask_again, control)
+        if self._asking and self.kind is None:
+            self._injection.enough()
+            self._is_up(CONTROL)
+        elif self.kind == CONTROL:
+            self.pool.flush()
+
+    def _ask_again(self, control):
+        if self._container and self._container.control is control:
+            self._around.loop.watch(control.fileno(), self._asked)
 
     def takes(self):
         """True if a connection that is accepted now would be taken at once."""
@@ -441,6 +458,11 @@ class Program(Instance):
     def _exited(self):
         self._forget_ways()
         super()._exited()
+
+    def _ended(self, reason):
+        if reason == CLEAN_EXIT and self.state == 'starting':
+            self.hint = "let it stay in the foreground, as httpd -f and nginx -g 'daemon off;' do"
+        super()._ended(reason)
 
     def _forget_ways(self):
         if self._injection:

@@ -5,6 +5,7 @@ names the number that gets everything. A group never has more than two: the fron
 or has been.
 """
 
+import contextlib
 import ctypes
 import socket
 import struct
@@ -23,8 +24,7 @@ def bound(ipv6, mark):
     sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        share(sock)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
         # What is accepted inherits these, and the mark. A client that vanished is noticed after two minutes.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -37,6 +37,12 @@ def bound(ipv6, mark):
         sock.close()
         raise
     return sock
+
+
+def share(sock):
+    """Let others of ours be bound to its address, too."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
 def queued(listener):
@@ -81,11 +87,20 @@ class Front:
         self._next = None
         self._order = [self.sock]  # as the kernel numbers them
         try:
+            self._reclaim()
             self.sock.listen(BACKLOG)
             self._attach()
         except BaseException:
             self.sock.close()
             raise
+
+    def _reclaim(self):
+        """Undo what an instance may have done to the options of the sockets that it shares.
+
+        Without them no other could be bound beside it, for a next instance or for the end of this one.
+        """
+        for sock in self._order:
+            share(sock)
 
     def _attach(self, probe=None):
         if probe:
@@ -100,6 +115,7 @@ class Front:
     def fork(self):
         """A socket that listens too, and gets nothing before it is the front, but for a probe. Raises OSError."""
         self.retire()
+        self._reclaim()
         sock = bound(self.ipv6, self._mark)
         try:
             sock.listen(BACKLOG)
@@ -119,7 +135,8 @@ class Front:
         """Close a fork that will not be the front; also if somebody still has it."""
         if sock and sock is self._next:
             self._next = None
-            self._attach()
+            with contextlib.suppress(OSError):
+                self._attach()
             self._end(sock)
 
     def steer(self, sock):
@@ -137,10 +154,12 @@ class Front:
         # Of two, the other is alone then: the kernel takes it whatever number the program names, until it is right.
         end(sock)
         self._order.remove(sock)
-        self._attach()
+        with contextlib.suppress(OSError):
+            self._attach()
 
     def revive(self):
         """Listen again after a function has shut the front down, which left the group by that."""
+        self._reclaim()
         self.sock.listen(BACKLOG)
         self._order.remove(self.sock)
         self._order.append(self.sock)

@@ -16,7 +16,7 @@ import weakref
 
 from handlers import listener, protocol
 from handlers.container import ID_RANGE
-from handlers.instance import ADOPTED, Handler, Program, Revision, StartFailed, Surroundings, text_of
+from handlers.instance import ADOPTED, GRACE_S, Handler, Program, Revision, StartFailed, Surroundings, text_of
 
 __all__ = ['Pool', 'Revision', 'StartFailed', 'Surroundings', 'progress', 'text_of']
 
@@ -30,6 +30,7 @@ IDLE_S = 30  # how long it keeps idle connections that were kept alive
 # A former front is done with when nothing came to it for so long: a client's last packet of the handshake may be on its
 # way. And how often that is looked at.
 QUIET_S, QUEUE_LOOK_S = 1, 0.02
+WANTED_S = 0.2  # how often a start that takes its time is asked whether anybody waits for it
 
 
 class Pool:
@@ -50,14 +51,20 @@ class Pool:
 
     # For other threads
 
-    def start(self, revision):
+    def start(self, revision, is_wanted=lambda: True):
         """Blocks until an instance of the Revision is ready, and returns it.
 
-        It serves nothing yet. Raises StartFailed.
+        It serves nothing yet. Raises StartFailed, and ConnectionAbortedError when it is wanted no more.
         """
         instance = self._make(revision, trial=True)
         self.around.loop.call(self._try, instance)
-        return instance.up.result()
+        while True:
+            try:
+                return instance.up.result(WANTED_S)
+            except concurrent.futures.TimeoutError:
+                if not is_wanted():
+                    self.discard(instance)
+                    raise ConnectionAbortedError from None
 
     def switch(self, instance):
         """Connections go to `instance` from its return on; the one before finishes what it holds."""
@@ -207,7 +214,11 @@ class Pool:
                 self._serving = None
         elif forked or listens_itself(former):
             self.gate(False)
-            self.front.steer(instance.listener if forked else self.front.fork())
+            try:
+                fork = instance.listener if forked else self.front.fork()
+            except OSError:  # then both have this one, until the former has ended
+                return former.stop(0, GRACE_S)
+            self.front.steer(fork)
             self._drain(former)
         else:
             former.stop(IDLE_S, DRAIN_S)
@@ -257,7 +268,8 @@ class Pool:
         if not self.front or not serving or self._closed:
             return
         if listens_itself(serving) and not listener.listens(self.front.sock):
-            self.front.revive()
+            with contextlib.suppress(OSError):  # it is looked at again in a second
+                self.front.revive()
         if counts or self._pending or listener.queued(self.front.sock) or serving.connections:
             self._used = counted
         elif 0 < self.around.idle_timeout_s < counted - self._used and not self._starting and not self._trial:
@@ -268,8 +280,12 @@ class Pool:
         if listens_itself(serving):
             if not self.front.may_fork:
                 return
+            try:
+                fork = self.front.fork()
+            except OSError:  # it is looked at again in a second
+                return
             self.gate(False)
-            self.front.steer(self.front.fork())
+            self.front.steer(fork)
             self._drain(serving)
         else:
             serving.stop(0, DRAIN_S)
@@ -351,6 +367,7 @@ class Pool:
             delay_s = min(LAST_DELAY_S, FIRST_DELAY_S * 2 ** min(self._failures - 1, 10)) if self._failures else 0
             self._not_before = time.monotonic() + delay_s
             self.reason = reason
+            self.log.append(f'[faasd] {reason}\n'.encode())  # where a person looks first
             self.around.emit(
                 'handler',
                 f'{self.name}: the instance {reason}' if before == 'ready' else f'{self.name}: {reason}',
@@ -372,9 +389,10 @@ class Pool:
             self._pending.pop().close()
         drained = None
         if self.serves_itself() and self.front and self.front.may_fork:
-            self.front.steer(self.front.fork())  # what comes now is refused in the end, as if nobody had listened
-            drained = self._serving
-            self._drain(drained, within_s)
+            with contextlib.suppress(OSError):  # then what it has not accepted is cut off
+                self.front.steer(self.front.fork())  # what comes now is refused in the end, as if nobody had listened
+                drained = self._serving
+                self._drain(drained, within_s)
         for instance in list(self._instances):
             if instance is not drained:
                 instance.stop(0, within_s)

@@ -22,19 +22,22 @@ EPERM, ENOSYS, EAFNOSUPPORT = 1, 38, 97
 # The network namespace does not confine each family (AF_VSOCK leads to a hypervisor). The upper half of the register,
 # which the kernel ignores, is above the greatest good one.
 AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16
+# A program's listener is shared with the daemon, which steers connections between the instances of a function: that is
+# not theirs to do (SO_ATTACH_REUSEPORT_CBPF, its eBPF kind, SO_DETACH_REUSEPORT_BPF) nor to stop (SO_LOCK_FILTER). One
+# that is bound to an interface of the host comes before all others (SO_BINDTODEVICE, SO_BINDTOIFINDEX).
+SOL_SOCKET, REFUSED_OPTIONS = 1, (25, 44, 51, 52, 62, 68)
 REFUSED_FAMILIES = [
     ('SCMP_CMP_GT', AF_NETLINK),
     *(('SCMP_CMP_EQ', family) for family in range(AF_NETLINK) if family not in (AF_UNIX, AF_INET, AF_INET6)),
 ]
 
 
-def refuse(*names, errno=EPERM, **argument):
-    rule = {'names': names, 'action': 'SCMP_ACT_ERRNO', 'errnoRet': errno}
-    return rule | ({'args': [argument]} if argument else {})
+def refuse(*names, errno=EPERM, args=(), **argument):
+    return _rule(names, args, argument) | {'action': 'SCMP_ACT_ERRNO', 'errnoRet': errno}
 
 
 # What Docker's default profile allows a container without capabilities (moby, profiles/seccomp), but for `clone`,
-# `ioctl`, `personality` and `socket`, whose arguments are looked at, and `listen`.
+# `ioctl`, `personality`, `setsockopt` and `socket`, whose arguments are looked at, and `listen`.
 ALLOWED_SYSCALLS = """
     _llseek _newselect accept accept4 access adjtimex alarm arch_prctl bind brk cacheflush cachestat capget capset
     chdir chmod chown chown32 chroot clock_adjtime64 clock_getres clock_getres_time64 clock_gettime clock_gettime64
@@ -64,7 +67,7 @@ ALLOWED_SYSCALLS = """
     semtimedop semtimedop_time64 send sendfile sendfile64 sendmmsg sendmsg sendto set_robust_list set_thread_area
     set_tid_address set_tls setfsgid setfsgid32 setfsuid setfsuid32 setgid setgid32 setgroups setgroups32 setitimer
     setpgid setpriority setregid setregid32 setresgid setresgid32 setresuid setresuid32 setreuid setreuid32
-    setrlimit setsid setsockopt setuid setuid32 setxattr shmat shmctl shmdt shmget shutdown sigaction sigaltstack
+    setrlimit setsid setuid setuid32 setxattr shmat shmctl shmdt shmget shutdown sigaction sigaltstack
     signal signalfd signalfd4 sigpending sigprocmask sigreturn sigsuspend socketpair splice stat stat64 statfs
     statfs64 statx symlink symlinkat sync sync_file_range sync_file_range2 syncfs syscall sysinfo tee tgkill time
     timer_create timer_delete timer_getoverrun timer_gettime timer_gettime64 timer_settime timer_settime64 timerfd
@@ -75,13 +78,28 @@ ALLOWED_SYSCALLS = """
 PERSONALITIES = (0, 8, 0x20000, 0x20008, 0xFFFFFFFF)
 
 
-def allow(*names, **argument):
-    return {'names': names, 'action': 'SCMP_ACT_ALLOW'} | ({'args': [argument]} if argument else {})
+def allow(*names, args=(), **argument):
+    return _rule(names, args, argument) | {'action': 'SCMP_ACT_ALLOW'}
+
+
+def _rule(names, args, argument):
+    """Of one condition, `argument`, or of several that hold at once."""
+    args = [argument] if argument else list(args)
+    return {'names': names} | ({'args': args} if args else {})
 
 
 def masked(index, mask, value):
     """The condition that argument `index` has `value` in the bits of `mask`."""
     return {'index': index, 'value': mask, 'valueTwo': value, 'op': 'SCMP_CMP_MASKED_EQ'}
+
+
+def all_but(index, numbers, bits=32, prefix=0):
+    """Conditions of which one holds when the low 32 bits of argument `index` are none of the numbers."""
+    if not any(number >> bits == prefix for number in numbers):
+        yield masked(index, 0xFFFFFFFF >> bits << bits, prefix << bits)
+    elif bits:
+        yield from all_but(index, numbers, bits - 1, prefix << 1)
+        yield from all_but(index, numbers, bits - 1, prefix << 1 | 1)
 
 
 def _filter(action, rules, errno=None):
@@ -107,6 +125,10 @@ FOLDER = _filter(
         refuse('ioctl', **masked(1, 0xFFFFFF00, 0x8900)),
         *(refuse('socket', errno=EAFNOSUPPORT, index=0, value=family, op=op) for op, family in REFUSED_FAMILIES),
         *(refuse('clone', **masked(0, 1 << bit, 1 << bit)) for bit in range(32) if CLONE_NEW >> bit & 1),
+        *(
+            refuse('setsockopt', args=[masked(1, 0xFFFFFFFF, SOL_SOCKET), masked(2, 0xFFFFFFFF, option)])
+            for option in REFUSED_OPTIONS
+        ),
         refuse('clone3', errno=ENOSYS),  # its flags are behind a pointer; libc falls back to clone
         refuse(*REFUSED_SYSCALLS),
     ],
@@ -121,6 +143,11 @@ IMAGE = _filter(
         *(
             allow('socket', **masked(0, 0xFFFFFFFF, family))
             for family in (AF_UNIX, AF_INET, AF_INET6, AF_NETLINK)
+        ),
+        *(allow('setsockopt', **level) for level in all_but(1, [SOL_SOCKET])),
+        *(
+            allow('setsockopt', args=[masked(1, 0xFFFFFFFF, SOL_SOCKET), option])
+            for option in all_but(2, REFUSED_OPTIONS)
         ),
         allow('clone', **masked(0, CLONE_NEW, 0)),
         *(allow('personality', **masked(0, 0xFFFFFFFF, value)) for value in PERSONALITIES),

@@ -433,7 +433,8 @@ def faas_toml():
     try:
         settings = tomllib.loads(text or '')
     except (ValueError, RecursionError) as error:
-        raise ImageError(f'faas.toml is not TOML: {" ".join(str(error).split())[:200]}') from error
+        why = ' '.join(str(error).split())[:200]
+        raise ImageError(f'faas.toml is not TOML: {why}', 'such as: command = ["node", "server.js"]') from error
     unknown = sorted(settings.keys() - SETTINGS.keys())
     if unknown:
         raise ImageError(

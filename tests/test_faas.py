@@ -1383,8 +1383,26 @@ class TestUploads(unittest.TestCase):
                 self.assertEqual('', said.stderr)
                 self.serves(f'way{number}')
 
-    def test_a_pipe_that_brings_nothing_means_the_folder(self):
-        self.assertIn('Deployed hello', self.sh(f'true | {lab.REPO}/faas new hello').stdout)
+    def test_a_pipe_that_brings_nothing_is_no_folder(self):
+        done = self.sh(f'false | {lab.REPO}/faas new hello', ok=(1,))
+        self.assertRegex(done.stderr, r'\Aerror: standard input is empty.*\nhint: .*</dev/null')
+        self.sh(f': >empty.tar; {lab.REPO}/faas new hello empty.tar', ok=(1,))
+
+    def test_interrupted_while_it_starts_nothing_has_changed(self):
+        (self.folder / 'slow').mkdir()
+        (self.folder / 'slow/faas.toml').write_text('command = ["sleep", "25"]\n')
+        self.faas('faas new slow small.tar')
+        process = self.host.popen(['sh', '-c', f'cd /root/uploads; exec {lab.REPO}/faas new slow slow'],
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        instances = self.host.path('/run/faasd/instances')
+        before = set(os.listdir(instances))
+        lab.wait_until(lambda: set(os.listdir(instances)) > before, 20, 'the instance that is tried')
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(130, process.wait(20))
+        lab.wait_until(lambda: set(os.listdir(instances)) == before, 20, 'its end')
+        self.serves('slow')
+        lab.wait_until(lambda: self.server.status_of('slow')['revision'] == 1, 5, 'the old revision')
+        self.faas('faas new slow small.tar')               # and nothing is under way
 
     def test_what_is_no_archive_is_said(self):
         done = self.sh(f'echo hello | {lab.REPO}/faas new hello', ok=(1,))

@@ -871,6 +871,26 @@ class LivesOfAServer(unittest.TestCase):
             self.assertEqual(own, server.host.path('/etc/wireguard/server_public.key').read_text())
             self.assertEqual(serial, server.host.path('/var/lib/faasd/dns/faas.db').read_text())
 
+    def test_a_function_whose_connections_keep_its_address_does_not_keep_faasd_from_starting(self):
+        alone = (
+            'import socket\ndef handle(connection, address):\n'
+            '    connection.recv(4096)\n'
+            '    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):\n'
+            '        connection.setsockopt(socket.SOL_SOCKET, option, 0)\n'
+            f'    connection.sendall({serving.answer("alone")!r})\n'
+            '    connection.shutdown(socket.SHUT_WR)\n'  # so that it is here that the kernel waits a minute
+        )
+        with serving.standalone(self.host) as server:
+            alone = server.deploy('alone', {'handler.py': alone}).json['ipv6']
+            other = server.deploy('other', serving.saying('other')).json['ipv6']
+            self.assertEqual('alone', server.get(alone))
+            server.restart()
+            self.assertEqual('other', server.get(other))
+            self.assertTrue(server.printed('alone: [Errno 98]'), server.lines)
+            reply = server.deploy('alone', serving.saying('alone'))
+            self.assertEqual(503, reply.status, reply.body)
+            lab.wait_until(lambda: server.get(alone, ok=None) == 'alone', 90, 'its listener')
+
     def test_a_killed_run_leaves_nothing_that_the_next_does_not_clear(self):
         with serving.standalone(self.host) as server:
             ipv6 = server.deploy('kept', serving.saying('kept')).json['ipv6']

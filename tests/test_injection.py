@@ -227,6 +227,13 @@ class Serving(inside.InHost):
         self.refuses('sys.exit(3)', 'ended with exit code 3')
 
     @inside.inside
+    def test_one_that_listens_and_ends_is_refused(self):
+        self.refuses('listen(); time.sleep(0.1); sys.exit(3)', 'ended with exit code 3')
+        with contextlib.ExitStack() as self.stack:
+            how = 'sock = listen()\nif os.fork(): os._exit(0)\nserve(sock)'
+            self.refuses(how, 'ended with exit code 0', 'stay in the foreground')
+
+    @inside.inside
     def test_loopback_does_not_count(self):
         self.refuses('serve(listen(where="::1", port=5000))', '::1 port 5000 only', 'listen on [::], port 80')
 
@@ -303,6 +310,70 @@ class Serving(inside.InHost):
         instance.up.result(10)
         self.assertLess(time.monotonic() - began, 5)
         flood.pool.discard(instance)
+
+    @inside.inside
+    def test_one_that_floods_the_control_socket_does_not_hold_up_the_others(self):
+        function, _ = self.serves(
+            'sock = listen()\n'
+            'if os.fork() and os.fork() and os.fork() and os.fork(): serve(sock)\n'
+            'while True:\n'
+            '    with socket.socket(socket.AF_UNIX) as s:\n'
+            '        try: s.connect("/control.sock")\n'
+            '        except OSError: pass'
+        )
+        turns = []
+        for _ in range(50):
+            began = time.monotonic()
+            function.loop.wait(lambda: None)
+            turns.append(time.monotonic() - began)
+        self.assertLess(sorted(turns)[25], 0.05)
+
+    @inside.inside
+    def test_a_great_many_epoll_registrations_are_not_all_read(self):
+        function = Function(self.stack)
+        function.deploy(
+            1,
+            'socks = [socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) for _ in range(4000)]\n'
+            'epolls = [select.epoll() for _ in range(50)]\n'
+            'for epoll in epolls:\n    for each in socks: epoll.register(each, 1)\n'
+            'began = time.monotonic()\nsock = listen()\nprint(f"{time.monotonic() - began:.3f} s")\nserve(sock)',
+        )
+        lab.wait_until(lambda: b' s\n' in function.pool.log.last(1), 5, 'its word')
+        self.assertLess(float(function.pool.log.last(1).split()[0]), 0.5)
+
+    @inside.inside
+    def test_what_it_does_to_its_listener_holds_up_neither_its_successor_nor_its_removal(self):
+        refused = (
+            'for option in (25, 44, 51, 52, 62, 68, 1 << 32 | 44):\n'
+            '    import ctypes; libc = ctypes.CDLL(None, use_errno=True)\n'
+            '    for level in (1, 1 << 32 | 1):\n'
+            '        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)\n'
+            '        program = ctypes.create_string_buffer(16)\n'
+            '        done = libc.syscall(SETSOCKOPT, sock.fileno(), ctypes.c_ulong(level), ctypes.c_ulong(option),'
+            ' program, 16)\n'
+            '        assert done == -1 and ctypes.get_errno() == 1, (option, level, done)\n'
+        ).replace('SETSOCKOPT', {'x86_64': '54', 'aarch64': '208'}[os.uname().machine])
+        alone = 'for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT): sock.setsockopt(1, option, 0)\n'
+        function, _ = self.serves(f'sock = listen()\n{refused}{alone}serve(sock)')
+        with contextlib.suppress(OSError):  # who was accepted has the same options, and keeps others from the address
+            function.deploy(2, 'serve(listen())')
+        self.assertIn('revision', function.ask())
+        function.pool.close(1).result(10)
+
+    @inside.inside
+    def test_one_that_cannot_be_steered_away_from_is_ended_all_the_same(self):
+        function, instance = self.serves('serve(listen())')
+
+        def fork():
+            raise OSError(98, 'Address already in use')
+
+        function.front.fork = fork
+        with self.assertRaisesRegex(pool.StartFailed, 'Address already in use'):
+            function.pool.start(function.revision(2, 'serve(listen())'))
+        function.loop.wait(function.pool._rest, instance)
+        self.assertEqual(('running', None), function.pool.status())
+        function.pool.close(1).result(10)
+        self.assertEqual('dead', instance.state)
 
     @inside.inside
     def test_no_descriptor_leaks(self):
