@@ -392,7 +392,7 @@ class Program(Instance):
                     self._asking.popleft().close()
             self._around.loop.unwatch(control.fileno())
             self._around.loop.later(PAUSE_S, self._ask_again, control)
-        if self._asking and self.kind is None:
+        if self._asking and self.kind is None and self._family is None:  # the first way counts
             self._injection.enough()
             self._is_up(CONTROL)
         elif self.kind == CONTROL:

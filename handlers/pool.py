@@ -190,6 +190,7 @@ class Pool:
         self._turn(former, instance)
         if self.revision is not None and self.revision.folder != revision.folder:
             self._replaced.add(self.revision.folder)
+            self._failures, self._not_before = 0, 0.0  # those were of other code
         self.revision, self._used = revision, time.monotonic()
         self._forget_replaced()
         if self._serving is None or instance.state == 'dead':  # it has ended between its readiness and this call

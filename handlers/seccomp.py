@@ -58,7 +58,7 @@ ALLOWED_SYSCALLS = """
     msgsnd msync munlock munlockall munmap name_to_handle_at nanosleep newfstatat open openat openat2 pause
     pidfd_getfd pidfd_open pidfd_send_signal pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll ppoll_time64
     prctl pread64 preadv preadv2 prlimit64 process_mrelease process_vm_readv process_vm_writev pselect6
-    pselect6_time64 ptrace pwrite64 pwritev pwritev2 read readahead readdir readlink readlinkat readv recv recvfrom
+    pselect6_time64 pwrite64 pwritev pwritev2 read readahead readdir readlink readlinkat readv recv recvfrom
     recvmmsg recvmmsg_time64 recvmsg remap_file_pages removexattr rename renameat renameat2 restart_syscall rmdir
     rseq rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait
     rt_sigtimedwait_time64 rt_tgsigqueueinfo sched_get_priority_max sched_get_priority_min sched_getaffinity
@@ -150,6 +150,8 @@ IMAGE = _filter(
             for option in all_but(2, REFUSED_OPTIONS)
         ),
         allow('clone', **masked(0, CLONE_NEW, 0)),
+        # Not PTRACE_TRACEME: of the first process it is the daemon that would become the tracer.
+        allow('ptrace', index=0, value=0, op='SCMP_CMP_NE'),
         *(allow('personality', **masked(0, 0xFFFFFFFF, value)) for value in PERSONALITIES),
         refuse('clone3', errno=ENOSYS),
     ],

@@ -1008,9 +1008,10 @@ class TestFolder(Case):
                 self.assertEqual(faas.find_function('fib', None), os.path.realpath(place))
             os.unlink('fib/handler.py')
             self.fails('new', 'fib', says='has no handler.py')
-            self.fails('new', 'fib', 'lib/faas', says='no folder')
-            self.assertEqual(self.fails('new', 'fib', 'a\n\x1bb').splitlines()[0], 'error: there is no folder a ?b')
-            pathlib.Path('image.tar').write_bytes(b'')
+            self.fails('new', 'fib', 'lib/faas', says='no file or folder')
+            said = self.fails('new', 'fib', 'a\n\x1bb').splitlines()[0]
+            self.assertEqual('error: there is no file or folder a ?b', said)
+            pathlib.Path('image.tar').write_bytes(b'x' * 600)
             self.fails('new', 'fib', 'image.tar', says='image.tar is no archive of an image')
             self.folder({'faas.toml': 'command = ["node"]'}, 'other')
             self.assertEqual(faas.find_function('other', None), os.path.realpath('other'))
