@@ -780,7 +780,7 @@ class Faasd:
         if length is not None and length > self.settings['max_upload']:
             raise too_large(f'{length} bytes are', self.settings['max_upload'])
         with self._change(), contextlib.ExitStack() as undo:
-            undo.callback(self._collect_layers)
+            undo.push(lambda error, *_: self._collect_layers() if error else None)
             staging = undo.enter_context(
                 image.Staging(
                     f'{STATE}/functions',

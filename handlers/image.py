@@ -205,8 +205,8 @@ class Layers:
     def collect(self, wanted):
         """Remove what is not in wanted() and not needed by a Staging under way."""
         with self._lock:  # what a Staging lets go of while this looks around is named by then
-            gone = []
-            for digits in self.present() - wanted():
+            gone, present = [], self.present()
+            for digits in present - wanted() if present else ():  # wanted() reads the spec of every function
                 if not self._pins[digits]:
                     gone.append(self.path(f'.{digits}.{next(self._numbers)}'))
                     os.rename(self.path(digits), gone[-1])  # whole or not at all, however we end

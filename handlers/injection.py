@@ -22,6 +22,8 @@ import threading
 import time
 import traceback
 
+from handlers.listener import BACKLOG
+
 # linux/seccomp.h: _IOWR('!', 0, struct seccomp_notif), (1, _resp), _IOW('!', 2, u64), (3, struct seccomp_notif_addfd)
 NOTIF_RECV, NOTIF_SEND, NOTIF_ID_VALID, NOTIF_ADDFD = 0xC0502100, 0xC0182101, 0x40082102, 0x40182103
 NOTIF_FLAG_CONTINUE, ADDFD_FLAG_SETFD = 1, 1
@@ -30,7 +32,6 @@ PIDFD_GETFD = 438
 SO_COOKIE = 57
 CLONE_FILES = 0x400
 EPOLL_CTL_ADD, EPOLL_CTL_DEL = 1, 2
-BACKLOG = 4096
 DEFAULT_PORT = 80  # what $PORT says, unless the image or its EXPOSE knows better
 MOST_ORIGINALS = 64  # sockets of an instance that are kept to be given back
 MOST_FDINFO = 1 << 18  # letters about a process's epoll instances: thousands of registrations
