@@ -9,7 +9,7 @@ import socket
 import struct
 import time
 
-import shell
+from host import files
 
 # Both bound how long a client keeps NXDOMAIN (RFC 2308 section 5: the lesser of the two). The document's 60 would keep
 # a name that was asked for too early away for a minute. The records themselves keep the document's 60.
@@ -101,7 +101,7 @@ class DNSZoneManager:
 
     def _write_zone(self, seen):
         os.makedirs(os.path.dirname(self.zone_file), mode=0o755, exist_ok=True)
-        shell.write_file(self.zone_file, self._render(self._next_serial(seen)))
+        files.write_file(self.zone_file, self._render(self._next_serial(seen)))
 
     def _render(self, serial):
         lines = [f'{name:<15} IN  AAAA  {ipv6}\n' for name, ipv6 in sorted(self._records.items())]
@@ -132,7 +132,7 @@ class DNSZoneManager:
         )
         if forwarders:
             text += COREFILE_FORWARD.format(server=self.server, forwarders=' '.join(forwarders))
-        shell.write_file(self.corefile, text)
+        files.write_file(self.corefile, text)
 
     def wait_served(self, name, ipv6, timeout_s=10):
         """True as soon as CoreDNS itself answers `name` with `ipv6`, False after timeout_s."""

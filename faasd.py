@@ -40,10 +40,14 @@ from typing import NamedTuple
 
 import dns_manager
 import registry
-import shell
 import vpn_manager
-from handlers import container, image, injection, listener, pool, sock_diag
-from handlers.loop import Loop
+from handlers.containers import bundle, containers, logs
+from handlers.images import layers
+from handlers.images import spec as specs
+from handlers.images import staging as image
+from handlers.serving import injection, listeners, pool
+from handlers.serving.loop import Loop
+from host import files, process, sock_diag
 
 STATE = '/var/lib/faasd'
 RUN = '/run/faasd'
@@ -116,7 +120,7 @@ SETTINGS = {  # name: (default, parser); docs/API.md has the same table, a test 
     'FAAS_CPUS': ('1', number(float, 0.01, 4096)),
     'FAAS_RUNTIME': ('runc', matching('runc|crun', 'runc or crun')),
     'FAAS_CGROUP': ('', matching(r'(/[\w@.-]+)*', "a cgroup's path from the root")),
-    'FAAS_ID_BASE': ('1879048192', number(int, 65536, (1 << 31) - container.ID_SLOTS * container.ID_RANGE)),
+    'FAAS_ID_BASE': ('1879048192', number(int, 65536, (1 << 31) - containers.ID_SLOTS * bundle.ID_RANGE)),
 }
 
 
@@ -231,7 +235,7 @@ class FaaSServer:
 
         Raises OSError.
         """
-        its = Listener(listener.Front(ipv6, vpn_manager.MARK, adopted), its_pool)
+        its = Listener(listeners.Front(ipv6, vpn_manager.MARK, adopted), its_pool)
         self._emit('listener', f'Listening on [{ipv6}]:80 for {name}', name=name)
         self._loop.wait(self._add, ipv6, its)
 
@@ -294,7 +298,7 @@ class FaaSServer:
                 self._gate(its, False)
                 return self._loop.later(0.1, self._gate, its, True)
             # As another user's, it cannot join the listeners on port 80 by SO_REUSEPORT, should a function try.
-            os.fchown(connection.fileno(), image.NOBODY, -1)
+            os.fchown(connection.fileno(), specs.NOBODY, -1)
             its.pool.dispatch(connection)
 
 
@@ -353,7 +357,7 @@ def http_status(error):
             return 400
         case pool.StartFailed():
             return 422
-        case shell.CommandError() | vpn_manager.VPNError() | OSError():
+        case process.CommandError() | vpn_manager.VPNError() | OSError():
             return 503
     return 500
 
@@ -425,17 +429,17 @@ class Faasd:
         self._refuse_strangers()
         self.peers.sync()
 
-        limits = container.Limits(settings['memory'], settings['pids'], settings['cpus'])
+        limits = bundle.Limits(settings['memory'], settings['pids'], settings['cpus'])
         prefix = f'faas-{self.registry.instance}'
-        self._layers = image.Layers(f'{STATE}/layers')
+        self._layers = layers.Layers(f'{STATE}/layers')
         self._layers.prepare()
         self._layers_base = self._layers.id_base(settings['id_base'])
-        containers = container.Containers(
+        made = containers.Containers(
             prefix, limits, RUN, settings['id_base'], settings['cgroup'], settings['runtime'], self._layers_base
         )
-        undo(containers.close)
+        undo(made.close)
         live = {function.name: function.revision for function in self.registry.functions()}
-        left = containers.prepare(lambda record: live.get(record['function']) == record['revision'])
+        left = made.prepare(lambda record: live.get(record['function']) == record['revision'])
         self.vpn.load_rules()  # before the first listener, until after the last instance
         undo(self._unless_left, self.vpn.remove_rules)
         self._remove_stray_files()
@@ -447,8 +451,8 @@ class Faasd:
         self.server = FaaSServer(self.loop, self.emit)
         self._around = pool.Surroundings(
             self.loop,
-            containers,
-            container.LogCopier(),
+            made,
+            logs.LogCopier(),
             workers,
             self.emit,
             settings['start_timeout'],
@@ -462,7 +466,7 @@ class Faasd:
         undo(self._wait_for_changes)
         undo(self._close_functions)
         self.addresses.sync()
-        adoptable = self._adoptable(containers, left)
+        adoptable = self._adoptable(made, left)
         for function in self.registry.functions():
             revision = None
             try:
@@ -543,7 +547,7 @@ class Faasd:
         """Call it; what fails is told and left, since the next projection or start sees to it."""
         try:
             function(*args)
-        except (shell.CommandError, OSError, sqlite3.Error) as error:
+        except (process.CommandError, OSError, sqlite3.Error) as error:
             self.emit('faasd', f'Left for later: {error}')
 
     @contextlib.contextmanager
@@ -575,21 +579,21 @@ class Faasd:
         except (FileNotFoundError, ValueError):
             return
         for name, (pid, started) in record['children'].items():
-            if shell.end(pid, started):
+            if process.end(pid, started):
                 self.emit('faasd', f'Ended {name}, left by a run that was killed')
         interface, index = record['interface']
         if interface == self.vpn.interface and index in (0, self.vpn.index()):  # 0: it was being made
             self.vpn.take_down()
-        shell.remove_file(path)
+        files.remove_file(path)
 
     def _record_children(self):
-        shell.write_file(
+        files.write_file(
             f'{RUN}/children.json',
             json.dumps(
                 {
                     'interface': [self.vpn.interface, self.vpn.index()],
                     'children': {
-                        name: [process.pid, shell.start_time(process.pid)] for name, process in self._children.items()
+                        name: [child.pid, process.start_time(child.pid)] for name, child in self._children.items()
                     },
                 }
             ),
@@ -601,20 +605,20 @@ class Faasd:
                 f'there is an interface {self.vpn.interface} already',
                 'run faasd.py without --standalone if it is for faasd, or set FAAS_WG_INTERFACE to another name',
             )
-        self._stack.callback(shell.remove_file, f'{RUN}/children.json')
+        self._stack.callback(files.remove_file, f'{RUN}/children.json')
         self._stack.callback(self._take_down)
         self._make_interface()
 
     def _make_interface(self):
         self._record_children()
-        process = self.vpn.bring_up()
-        if process:
-            self._children['wireguard-go'] = process
+        child = self.vpn.bring_up()
+        if child:
+            self._children['wireguard-go'] = child
         self._record_children()
         self.emit(
             'vpn',
             f'{self.vpn.interface} is up at {registry.GATEWAY}, UDP port {self.vpn.port}'
-            f'{" (wireguard-go)" if process else ""}',
+            f'{" (wireguard-go)" if child else ""}',
         )
 
     def _take_down(self):
@@ -630,10 +634,10 @@ class Faasd:
             self.emit('dns', f'CoreDNS does not answer at {registry.GATEWAY}', problem=True)
 
     def _run_coredns(self):
-        process = shell.start(['coredns', '-quiet', '-conf', self.dns.corefile], output=True)
-        self._children['coredns'] = process
+        child = process.start(['coredns', '-quiet', '-conf', self.dns.corefile], output=True)
+        self._children['coredns'] = child
         self._record_children()
-        threading.Thread(target=self._read_coredns, args=(process.stdout,), daemon=True).start()
+        threading.Thread(target=self._read_coredns, args=(child.stdout,), daemon=True).start()
 
     def _read_coredns(self, output):
         """Tell CoreDNS's troubles, of failing queries one a minute; its line for each query is not kept."""
@@ -648,9 +652,9 @@ class Faasd:
                 self.emit('dns', f'CoreDNS: {line.decode(errors="replace").strip()}', problem=not of_a_query)
 
     def _stop_coredns(self):
-        process = self._children.pop('coredns', None)
-        if process:
-            shell.finish(process)
+        child = self._children.pop('coredns', None)
+        if child:
+            process.finish(child)
 
     # Functions
 
@@ -661,8 +665,8 @@ class Faasd:
     def _revision(self, function, number):
         """A pool.Revision of what is on the disk."""
         folder = self._folder(function, number)
-        spec = image.read_spec(folder)
-        return pool.Revision(number, folder, spec, self._layers.folder if spec.layers else image.tree(folder))
+        spec = specs.read_spec(folder)
+        return pool.Revision(number, folder, spec, self._layers.folder if spec.layers else specs.tree(folder))
 
     def _remove_stray_files(self):
         """Remove from functions/ what no row names: uploads that were cut off, revisions that were never live."""
@@ -688,7 +692,7 @@ class Faasd:
             return {
                 layer
                 for path in pathlib.Path(STATE, 'functions').glob('*/*/spec.json')
-                for layer in image.read_spec(path.parent).layers
+                for layer in specs.read_spec(path.parent).layers
             }
 
         try:
@@ -696,16 +700,16 @@ class Faasd:
         except ValueError as error:  # a spec that cannot be read may need any of them
             self.emit('handler', f'Layers are kept for now: {error}', problem=True)
 
-    def _adoptable(self, containers, left):
+    def _adoptable(self, made, left):
         """{function: (Container, its listener)} of what a faasd that is no more has left; the rest is ended."""
         found = {}
         for record, its in sorted(left, key=lambda each: -each[0]['start_time']):
-            sock = None if record['function'] in found else containers.listener_of(record, its)
+            sock = None if record['function'] in found else made.listener_of(record, its)
             if sock:
                 found[record['function']] = its, sock
             else:
                 its.kill()
-                containers.remove(its)
+                made.remove(its)
         return found
 
     def _open(self, function, revision=None, left=None, sock=None):
@@ -713,7 +717,7 @@ class Faasd:
 
         Without `revision` it serves nothing until one is switched to.
         """
-        its_pool = pool.Pool(function.name, container.Log(f'{self._folder(function)}/log'), self._around)
+        its_pool = pool.Pool(function.name, logs.Log(f'{self._folder(function)}/log'), self._around)
         its_pool.revision = revision
         try:
             self.server.add_listener(function.ipv6, function.name, its_pool, sock)
@@ -867,7 +871,7 @@ class Faasd:
         return answer
 
     def logs(self, name, lines):
-        return container.Log(f'{self._folder(self.registry.function(name))}/log').last(lines)
+        return logs.Log(f'{self._folder(self.registry.function(name))}/log').last(lines)
 
     def health(self, with_recent):
         """What is wrong now; `with_recent`: what was, too, in words that are not for everybody."""
@@ -927,7 +931,7 @@ class Faasd:
         """The new peer's answer. Should wg0 be away, the peer is kept all the same and follows when it returns."""
         try:
             self.peers.sync()
-        except (shell.CommandError, OSError) as error:
+        except (process.CommandError, OSError) as error:
             self.emit(
                 'vpn',
                 f'{peer.name} is registered and not yet on {self.vpn.interface}: {error}',
@@ -1007,7 +1011,7 @@ class Faasd:
         with contextlib.suppress(KeyError):
             os.chown(path, 0, grp.getgrnam('faas').gr_gid)
         os.chmod(path, 0o660)
-        self._stack.callback(shell.remove_file, path)
+        self._stack.callback(files.remove_file, path)
         self._serve(sock, lambda address: Caller('local'), threads=16, timeout_s=60)
         tunnel = bound(registry.GATEWAY, CONTROL_PORT)
         self._serve(tunnel, self._peer_at, threads=32, timeout_s=30, deadline_s=60, most_each=8)
@@ -1122,7 +1126,7 @@ class Faasd:
         try:
             if function(*args) is not False:
                 self._ails(area, None)
-        except (shell.CommandError, OSError, vpn_manager.VPNError, sqlite3.Error, RequestError) as error:
+        except (process.CommandError, OSError, vpn_manager.VPNError, sqlite3.Error, RequestError) as error:
             self._ails(area, str(error))
         except Exception:
             traceback.print_exc()
@@ -1155,9 +1159,9 @@ class Faasd:
             self._ails(interface, f'{interface} is gone: no function can be reached until it is back')
             if not self.standalone:
                 return False
-            process = self._children.pop('wireguard-go', None)
-            if process:
-                shell.finish(process)
+            child = self._children.pop('wireguard-go', None)
+            if child:
+                process.finish(child)
             self._make_interface()
         elif not closely:
             return False
@@ -1175,9 +1179,9 @@ class Faasd:
             self.peers.sync()
 
     def _look_after_children(self):
-        process = self._children.get('coredns')
-        if process and process.poll() is not None:
-            self._ails('dns', f'CoreDNS ended with exit code {process.returncode}')
+        child = self._children.get('coredns')
+        if child and child.poll() is not None:
+            self._ails('dns', f'CoreDNS ended with exit code {child.returncode}')
             self._run_coredns()
             return False
         return True
@@ -1685,7 +1689,7 @@ def main():
         StartError,
         vpn_manager.VPNError,
         registry.RegistryError,
-        shell.CommandError,
+        process.CommandError,
         OSError,
         sqlite3.Error,
     ) as error:
@@ -1701,7 +1705,7 @@ def run(arguments, ending, events):
         raise StartError('faasd needs root', 'sudo python3 faasd.py')
     settings = read_settings(os.environ)
     needed = ['ip', 'wg', 'nft', settings['runtime']] + ['coredns'] * (arguments.standalone or arguments.prepare)
-    missing = [program for program in needed if not shell.installed(program)]
+    missing = [program for program in needed if not process.installed(program)]
     if missing:
         raise StartError(f'not installed: {", ".join(missing)}', "'make deps' installs what is missing")
     prepare_process()
@@ -1722,7 +1726,7 @@ def is_restart():
         return False
     with open('/proc/self/cgroup') as file:  # of every unit it is the last part that ends so
         units = set(re.findall(r'([^/\n]+\.service)', file.read()))
-    jobs = shell.run(['systemctl', 'list-jobs', '--no-legend', '--plain'], ok=range(256)).stdout.splitlines()
+    jobs = process.run(['systemctl', 'list-jobs', '--no-legend', '--plain'], ok=range(256)).stdout.splitlines()
     return any(line.split()[1:3] == [unit, 'restart'] for line in jobs for unit in units)
 
 

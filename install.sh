@@ -60,13 +60,12 @@ install_files() {
     new=$destdir$lib.new
     rm -rf "$new"
     trap 'rm -rf "$new"' EXIT
-    install -d -m 755 "$new" "$new/handlers"
-    install -m 644 ./*.py "$new"
-    install -m 644 handlers/*.py "$new/handlers"
-    for file in handlers/*/*; do                    # of the examples
+    install -d -m 755 "$new"
+    for file in ./*.py control/*.py host/*.py; do
+        [ ! -f "$file" ] || install -D -m 644 "$file" "$new/$file"
+    done
+    for file in handlers/*/*; do                    # modules and examples
         [ -f "$file" ] || continue
-        folder=$(dirname "$file")
-        [ -e "$folder/handler.py" ] || [ -e "$folder/faas.toml" ] || continue
         install -D -m "$([ -x "$file" ] && echo 755 || echo 644)" "$file" "$new/$file"
     done
     rm -rf "$destdir$lib.old"

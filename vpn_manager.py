@@ -11,7 +11,7 @@ import re
 import socket
 import time
 
-import shell
+from host import files, process
 
 RANGE = 'fd00:faa5::/32'
 HANDSHAKE_FRESH_S = 180  # WireGuard's REJECT_AFTER_TIME: no session is older
@@ -176,14 +176,14 @@ class VPNManager:
         os.makedirs(self.peers_dir, mode=0o700, exist_ok=True)
         private, public = self._path('server_private.key'), self._path('server_public.key')
         if not os.path.exists(private):
-            shell.write_file(private, shell.run(['wg', 'genkey']).stdout, mode=0o600)
+            files.write_file(private, process.run(['wg', 'genkey']).stdout, mode=0o600)
             self._emit('vpn', f'Made the server keys in {self._directory}')
         os.chmod(private, 0o600)
-        derived = shell.run(['wg', 'pubkey'], input=self._private_key() + '\n').stdout
+        derived = process.run(['wg', 'pubkey'], input=self._private_key() + '\n').stdout
         with contextlib.suppress(FileNotFoundError):
             if _read(public) == derived:
                 return
-        shell.write_file(public, derived)
+        files.write_file(public, derived)
 
     def write_wg0_conf(self):
         """Write wg0.conf in the document's form if there is none; one that we wrote gets the port of now."""
@@ -196,7 +196,7 @@ class VPNManager:
             found = ''
         ours = re.sub(r'^ListenPort = \d+$', f'ListenPort = {self.port}', found, flags=re.M) == wanted
         if found != wanted and (ours or not found):
-            shell.write_file(self._conf, wanted, mode=0o600)
+            files.write_file(self._conf, wanted, mode=0o600)
 
     def get_server_public_key(self):
         return _read(self._path('server_public.key')).strip()
@@ -249,11 +249,11 @@ class VPNManager:
                 self.add_peer(peer)
 
     def add_peer(self, peer):
-        shell.write_file(os.path.join(self.peers_dir, f'{peer.name}.conf'), self._render(peer), mode=0o600)
+        files.write_file(os.path.join(self.peers_dir, f'{peer.name}.conf'), self._render(peer), mode=0o600)
 
     def remove_peer(self, name):
         self._complained.pop(name, None)
-        shell.remove_file(os.path.join(self.peers_dir, f'{name}.conf'))
+        files.remove_file(os.path.join(self.peers_dir, f'{name}.conf'))
 
     @staticmethod
     def _render(peer):
@@ -265,7 +265,7 @@ class VPNManager:
         text = f'[Interface]\nListenPort = {self.port}\nPrivateKey = {self._private_key()}\n\n'
         text += '\n'.join(self._render(peer) for peer in peers)
         with private_file(text) as path:
-            shell.run(['wg', 'syncconf', self.interface, path])
+            process.run(['wg', 'syncconf', self.interface, path])
 
     def public_keys(self):
         """Those of the peers on wg0."""
@@ -275,12 +275,12 @@ class VPNManager:
         """The public keys of the peers with a fresh handshake; none when wg0 is away."""
         try:
             stamps = [line.split('\t') for line in self._show('latest-handshakes').splitlines()]
-        except shell.CommandError:
+        except process.CommandError:
             return set()
         return {key for key, stamp in stamps if time.time() - int(stamp) < HANDSHAKE_FRESH_S}
 
     def _show(self, what):
-        return shell.run(['wg', 'show', self.interface, what]).stdout.strip()
+        return process.run(['wg', 'show', self.interface, what]).stdout.strip()
 
     # The interface
 
@@ -312,7 +312,7 @@ class VPNManager:
     def _own_interfaces(self):
         """{name: UDP port} of the interfaces that run with our key."""
         keys, ports = (
-            dict(line.split() for line in shell.run(['wg', 'show', 'all', what]).stdout.splitlines())
+            dict(line.split() for line in process.run(['wg', 'show', 'all', what]).stdout.splitlines())
             for what in ('public-key', 'listen-port')
         )
         own = self._own_key('server_public.key')
@@ -333,7 +333,7 @@ class VPNManager:
     def _check_key(self):
         try:
             key = self._show('public-key')
-        except shell.CommandError as error:
+        except process.CommandError as error:
             raise VPNError(
                 f'{self.interface} is no WireGuard interface', 'set FAAS_WG_INTERFACE to another name'
             ) from error
@@ -348,7 +348,7 @@ class VPNManager:
             refuse_taken(socket.SOCK_DGRAM, any_address, self.port, 'end that program, or set FAAS_WG_PORT')
 
     def _check_range(self, own):
-        show = [json.loads(shell.run(['ip', '-json', '-6', *what]).stdout or '[]') for what in (
+        show = [json.loads(process.run(['ip', '-json', '-6', *what]).stdout or '[]') for what in (
             ['address', 'show', 'to', RANGE], ['route', 'show', 'root', RANGE])]
         taken = {item['ifname']: item['addr_info'][0]['local'] for item in show[0] if item}
         taken |= {item['dev']: item['dst'] for item in show[1] if 'dev' in item}
@@ -383,49 +383,49 @@ class VPNManager:
 
     def bring_up(self):
         """Make wg0 by the kernel, else by wireguard-go; return wireguard-go's process, or None. Raises VPNError."""
-        process = None
+        child = None
         self.check_port()
         try:
-            shell.run(['ip', 'link', 'add', self.interface, 'type', 'wireguard'])
-        except shell.CommandError as error:
-            if not shell.installed('wireguard-go'):
+            process.run(['ip', 'link', 'add', self.interface, 'type', 'wireguard'])
+        except process.CommandError as error:
+            if not process.installed('wireguard-go'):
                 raise VPNError(
                     f'the kernel has no WireGuard ({error.reason}) and wireguard-go is not installed',
                     "'make deps' installs what is missing",
                 ) from error
             # As -f does, but without its banner about kernels.
-            process = shell.start(['wireguard-go', self.interface], WG_PROCESS_FOREGROUND='1', LOG_LEVEL='silent')
+            child = process.start(['wireguard-go', self.interface], WG_PROCESS_FOREGROUND='1', LOG_LEVEL='silent')
             deadline = time.monotonic() + 10
             while not self._answers():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    process.kill()
+                if child.poll() is not None or time.monotonic() > deadline:
+                    child.kill()
                     raise VPNError('wireguard-go does not start', 'it needs /dev/net/tun and root') from error
                 time.sleep(0.01)
         try:
             self._reload_wireguard([])
             self.set_up()
-        except shell.CommandError:
-            self.take_down(process)
+        except process.CommandError:
+            self.take_down(child)
             raise
-        return process
+        return child
 
     def set_up(self):
         """Give wg0 its address and bring it up, also if both is so already."""
-        shell.run(['ip', '-6', 'address', 'replace', f'{self.gateway}/64', 'dev', self.interface, 'nodad'])
-        shell.run(['ip', 'link', 'set', 'mtu', '1420', 'up', 'dev', self.interface])
+        process.run(['ip', '-6', 'address', 'replace', f'{self.gateway}/64', 'dev', self.interface, 'nodad'])
+        process.run(['ip', 'link', 'set', 'mtu', '1420', 'up', 'dev', self.interface])
 
     def _answers(self):
-        return self.index() and shell.run(['wg', 'show', self.interface], ok=(0, 1)).returncode == 0
+        return self.index() and process.run(['wg', 'show', self.interface], ok=(0, 1)).returncode == 0
 
-    def take_down(self, process=None):
+    def take_down(self, child=None):
         """Remove wg0 and end its wireguard-go, if any; both may be gone already."""
-        shell.run(['ip', 'link', 'delete', self.interface], ok=(0, 1))
-        if process is not None:
-            shell.finish(process)
+        process.run(['ip', 'link', 'delete', self.interface], ok=(0, 1))
+        if child is not None:
+            process.finish(child)
 
     def _link(self):
         """(True if wg0 is up, the IPv6 addresses on it)."""
-        (link,) = json.loads(shell.run(['ip', '-json', 'address', 'show', 'dev', self.interface]).stdout)
+        (link,) = json.loads(process.run(['ip', '-json', 'address', 'show', 'dev', self.interface]).stdout)
         addresses = {ipaddress.IPv6Address(i['local']) for i in link['addr_info'] if i['family'] == 'inet6'}
         return 'UP' in link['flags'], addresses
 
@@ -439,7 +439,7 @@ class VPNManager:
         lines = [f'address del {address}/128 dev {self.interface}\n' for address in sorted(surplus)]
         lines += [f'address add {address}/128 dev {self.interface} nodad\n' for address in sorted(missing)]
         if lines:
-            shell.run(['ip', '-6', '-batch', '-'], input=''.join(lines), timeout_s=120)
+            process.run(['ip', '-6', '-batch', '-'], input=''.join(lines), timeout_s=120)
         for address in sorted(address for address in missing if address in functions):
             self._emit('listener', f'Configured {wanted[address]}/128 on {self.interface} interface')
 
@@ -455,8 +455,8 @@ class VPNManager:
             mark=MARK,
         )
         try:
-            shell.run(['nft', '-f', '-'], input=rules)
-        except shell.CommandError as error:
+            process.run(['nft', '-f', '-'], input=rules)
+        except process.CommandError as error:
             why = re.search(r'Error: (.*)', error.stderr)  # below it nft points to the place
             raise VPNError(
                 f'the nftables table inet {self.table} cannot be loaded: {why[1] if why else error.reason}',
@@ -471,13 +471,13 @@ class VPNManager:
     def _listing(self):
         """The table as nft sees it, less what changes by itself; None without it."""
         try:
-            text = shell.run(['nft', '--json', 'list', 'table', 'inet', self.table]).stdout
-        except shell.CommandError:
+            text = process.run(['nft', '--json', 'list', 'table', 'inet', self.table]).stdout
+        except process.CommandError:
             return None
         return re.sub(r'"(handle|packets|bytes)": \d+', '', text)
 
     def remove_rules(self):
-        shell.run(['nft', '-f', '-'], input=f'table inet {self.table}\ndelete table inet {self.table}\n')
+        process.run(['nft', '-f', '-'], input=f'table inet {self.table}\ndelete table inet {self.table}\n')
 
 
 def _read(path):
@@ -509,7 +509,7 @@ def refuse_taken(kind, address, port, hint):
             if error.errno != errno.EADDRINUSE:
                 return
             name = 'TCP' if kind == socket.SOCK_STREAM else 'UDP'
-            holders = shell.run(['ss', '-Hlnp', f'--{name.lower()}', f'sport = :{port}'], ok=range(256)).stdout
+            holders = process.run(['ss', '-Hlnp', f'--{name.lower()}', f'sport = :{port}'], ok=range(256)).stdout
             holder = re.search(r'\(\("([^"]+)"', holders)
             raise VPNError(f'{name} port {port} is in use{f" by {holder[1]}" if holder else ""}', hint) from error
 

@@ -17,7 +17,8 @@ import time
 import traceback
 import unittest
 
-from handlers import container, image, protocol
+from handlers.containers import bundle, containers, protocol
+from handlers.images import spec as specs
 from tests import lab
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWNET = 0x20000, 0x4000000, 0x8000000, 0x40000000
@@ -165,14 +166,14 @@ def tunnel(laptop, private_key, server_key, ipv6):
 # Containers, in a host
 
 
-SPEC = image.Spec('handler')
-LIMITS = container.Limits(memory=256 << 20, pids=64, cpus=2)
+SPEC = specs.Spec('handler')
+LIMITS = bundle.Limits(memory=256 << 20, pids=64, cpus=2)
 
 
 @contextlib.contextmanager
-def containers(limits=LIMITS, run_dir='/run/faasd', name=''):
+def prepared(limits=LIMITS, run_dir='/run/faasd', name=''):
     """Prepared Containers that are closed at the end."""
-    them = container.Containers(f'faas-t{os.getpid()}{name}-{time.monotonic_ns() & 0xFFFFFF:x}', limits, run_dir)
+    them = containers.Containers(f'faas-t{os.getpid()}{name}-{time.monotonic_ns() & 0xFFFFFF:x}', limits, run_dir)
     them.prepare()
     try:
         yield them

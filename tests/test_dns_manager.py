@@ -14,7 +14,7 @@ from unittest import mock
 
 import dns_manager
 import registry
-import shell
+from host import files, process
 from tests import inside, lab
 
 THREE = {'fibonacci': 'fd00:faa5:1:0::a', 'hello': 'fd00:faa5:1:0::b', 'api': 'fd00:faa5:1:0::c'}
@@ -156,7 +156,7 @@ class Zone(InFolder):
     def test_a_write_that_fails_leaves_the_old_file_and_no_other(self):
         self.manager.project(THREE)
         for step in ('fsync', 'replace'):
-            with mock.patch.object(shell.os, step, side_effect=OSError(28, 'No space left on device')):
+            with mock.patch.object(files.os, step, side_effect=OSError(28, 'No space left on device')):
                 self.assertRaises(OSError, self.manager.project, {})
             self.assertEqual(ZONE, self.zone.read_text())
             self.assertEqual(['faas.db'], os.listdir(self.zone.parent))
@@ -282,21 +282,21 @@ def coredns(forwarders=()):
     """A manager whose zone the real CoreDNS serves at the gateway's two addresses."""
     addresses = registry.GATEWAY, registry.ZONE_SERVER
     for address in addresses:
-        shell.run(['ip', '-6', 'address', 'add', f'{address}/128', 'dev', 'lo'])
+        process.run(['ip', '-6', 'address', 'add', f'{address}/128', 'dev', 'lo'])
     manager = dns_manager.DNSZoneManager(Serials(), lambda *_, **__: None, *addresses)
     manager.project({})
     manager.write_corefile(forwarders)
-    process = shell.start(['coredns', '-quiet', '-conf', manager.corefile], output=True)
+    child = process.start(['coredns', '-quiet', '-conf', manager.corefile], output=True)
     try:
         if not manager.wait_served('ns', registry.GATEWAY):
-            process.kill()
-            raise AssertionError(process.stdout.read().decode())
+            child.kill()
+            raise AssertionError(child.stdout.read().decode())
         yield manager
     finally:
-        process.terminate()
-        process.communicate(timeout=5)
+        child.terminate()
+        child.communicate(timeout=5)
         for address in addresses:
-            shell.run(['ip', '-6', 'address', 'del', f'{address}/128', 'dev', 'lo'])
+            process.run(['ip', '-6', 'address', 'del', f'{address}/128', 'dev', 'lo'])
 
 
 def ask_raw(name, kind=28, server=registry.GATEWAY):

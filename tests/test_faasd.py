@@ -20,7 +20,7 @@ import unittest
 import unittest.mock
 
 import faasd
-from handlers import runtime
+from handlers.containers import runtime
 from tests import lab, packages, serving
 
 CRASHING = 'import os, time\ndef handle(connection, address):\n    os.kill(os.getpid(), 9)\n'

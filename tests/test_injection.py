@@ -11,9 +11,11 @@ import threading
 import time
 import unittest
 
-import shell
-from handlers import container, image, injection, listener, pool, sock_diag
-from handlers.loop import Loop
+from handlers.containers import logs
+from handlers.images import spec as specs
+from handlers.serving import injection, listeners, pool
+from handlers.serving.loop import Loop
+from host import process, sock_diag
 from tests import inside, lab
 
 ADDRESS = 'fd00:faa5:1::a'
@@ -60,15 +62,15 @@ class Function:
         self.events, self.stack = [], stack
         self.folder = pathlib.Path(f'/var/lib/functions/{os.urandom(4).hex()}')
         self.folder.mkdir(parents=True)
-        shell.run(['ip', '-6', 'address', 'replace', f'{ADDRESS}/128', 'dev', 'lo', 'nodad'])
+        process.run(['ip', '-6', 'address', 'replace', f'{ADDRESS}/128', 'dev', 'lo', 'nodad'])
         self.loop = Loop()
         stack.callback(self.loop.stop)
         workers = stack.enter_context(concurrent.futures.ThreadPoolExecutor(4))
-        self.containers = stack.enter_context(inside.containers())
+        self.containers = stack.enter_context(inside.prepared())
         self.around = pool.Surroundings(
             self.loop,
             self.containers,
-            container.LogCopier(),
+            logs.LogCopier(),
             workers,
             lambda area, text, **more: self.events.append(text),
             start_timeout_s,
@@ -76,8 +78,8 @@ class Function:
             shutil.rmtree,
             **{'stop_timeout_s': 2, **around},
         )
-        self.pool = pool.Pool('test', container.Log(str(self.folder / 'log')), self.around)
-        self.front = self.pool.front = listener.Front(ADDRESS, MARK)
+        self.pool = pool.Pool('test', logs.Log(str(self.folder / 'log')), self.around)
+        self.front = self.pool.front = listeners.Front(ADDRESS, MARK)
         stack.callback(lambda: self.loop.wait(self.front.close))
         stack.callback(lambda: self.pool.close(0).result(20))
         self.watched, self._ended = None, threading.Event()
@@ -113,7 +115,7 @@ class Function:
         tree = self.folder / str(number)
         tree.mkdir()
         (tree / 'server.py').write_text(SERVER.format(how=how, text=text or f'revision {number}'))
-        spec = image.Spec('command', ('/usr/bin/python3', '-u', 'server.py'), {}, '/function', ports=ports, **more)
+        spec = specs.Spec('command', ('/usr/bin/python3', '-u', 'server.py'), {}, '/function', ports=ports, **more)
         return pool.Revision(number, str(tree), spec, str(tree))
 
     def deploy(self, number, *args, **more):
@@ -291,7 +293,7 @@ class Serving(inside.InHost):
     def test_what_runc_exec_starts_may_listen_too(self):
         function, instance = self.serves('serve(listen())')
         listens = 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 81)); s.listen(); print("listens")'
-        said = shell.run(
+        said = process.run(
             [*function.containers._runtime, 'exec', instance._container.ident, '/usr/bin/python3', '-c', listens]
         )
         self.assertEqual('listens\n', said.stdout)
@@ -401,9 +403,9 @@ class Serving(inside.InHost):
         shut.touch()
         with contextlib.suppress(OSError):  # it may look for the file before it answers
             function.ask()
-        lab.wait_until(lambda: not listener.listens(function.front.sock), 5, 'the shutdown')
+        lab.wait_until(lambda: not listeners.listens(function.front.sock), 5, 'the shutdown')
         shut.unlink()
-        lab.wait_until(lambda: listener.listens(function.front.sock), 5, 'its revival')
+        lab.wait_until(lambda: listeners.listens(function.front.sock), 5, 'its revival')
         self.assertEqual(self.ANSWER, function.ask())
 
 
@@ -418,7 +420,7 @@ class Turns(inside.InHost):
         )
         with concurrent.futures.ThreadPoolExecutor(20) as clients:
             answers = [clients.submit(function.ask) for _ in range(20)]
-            lab.wait_until(lambda: listener.queued(function.front.sock) == 20, 5, 'the queue')
+            lab.wait_until(lambda: listeners.queued(function.front.sock) == 20, 5, 'the queue')
             (function.folder / '1' / 'go').touch()
             os.kill(instance._container.pid, signal.SIGKILL)
             answers = [each.result(20) for each in answers]
@@ -511,4 +513,4 @@ class Candidates(unittest.TestCase):
             ((5000, 3000), {'PORT': '80'}, (3000, 5000)),
         ):
             with self.subTest(ports=ports, env=env):
-                self.assertEqual(expected, injection.candidates(image.Spec('command', ('x',), env, ports=ports)))
+                self.assertEqual(expected, specs.candidates(specs.Spec('command', ('x',), env, ports=ports)))

@@ -4,7 +4,7 @@ import os
 import unittest
 import unittest.mock
 
-from handlers.loop import Loop
+from handlers.serving.loop import Loop
 from tests import lab
 
 

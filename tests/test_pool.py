@@ -12,8 +12,9 @@ import time
 import unittest
 from unittest import mock
 
-from handlers import container, instance, pool, protocol
-from handlers.loop import Loop
+from handlers.containers import logs, protocol
+from handlers.serving import instance, pool
+from handlers.serving.loop import Loop
 from tests import inside, lab
 
 # Says its name. A request of "slow" waits until the file `go` is there, "half" answers a part and then waits, "die"
@@ -100,11 +101,11 @@ class Function:
         self.loop = Loop()
         stack.callback(self.loop.stop)
         workers = stack.enter_context(concurrent.futures.ThreadPoolExecutor(4))
-        containers = stack.enter_context(inside.containers())
+        prepared = stack.enter_context(inside.prepared())
         around = pool.Surroundings(
-            self.loop, containers, container.LogCopier(), workers, self.note, start_timeout_s, forget=shutil.rmtree
+            self.loop, prepared, logs.LogCopier(), workers, self.note, start_timeout_s, forget=shutil.rmtree
         )
-        self.pool = pool.Pool('test', container.Log(str(self.folder / 'log')), around)
+        self.pool = pool.Pool('test', logs.Log(str(self.folder / 'log')), around)
         stack.callback(lambda: self.pool.close(0).result(20))
         self.listener = stack.enter_context(socket.create_server(('::1', 0), family=socket.AF_INET6))
         self.listener.setblocking(False)

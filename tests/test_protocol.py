@@ -5,7 +5,7 @@ import os
 import socket
 import unittest
 
-from handlers import protocol
+from handlers.containers import protocol
 
 
 def descriptors():

@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import unittest
 
-import shell
-from handlers import container, image, rootfs
+from handlers.containers import bundle, containers, rootfs
+from handlers.images import spec as specs
+from host import process
 from tests import inside
 
 BASE = 0x70000000  # where layers lie: the first range
@@ -50,7 +51,7 @@ class Image(inside.InHost):
 
     def start(self, them, command, user='', layers=None, cwd='/', env=None):
         reader, writer = os.pipe()
-        spec = image.Spec(
+        spec = specs.Spec(
             'image', ('/bin/busybox', 'sh', '-c', command), env or {}, cwd, user, layers=tuple(layers or self.layers)
         )
         try:
@@ -64,7 +65,7 @@ class Image(inside.InHost):
 
     def run_in(self, command, user='', limits=inside.LIMITS, **more):
         """What the shell command prints in an instance of the layers."""
-        with inside.containers(limits) as them:
+        with inside.prepared(limits) as them:
             its, reader = self.start(them, command, user, **more)
             with open(reader, 'rb') as file:
                 output = file.read().decode()
@@ -93,7 +94,7 @@ class Image(inside.InHost):
     @inside.inside
     def test_what_it_writes_is_gone_with_it_and_bounded(self):
         self.base()
-        limits = container.Limits(memory=64 << 20, pids=64, cpus=1)
+        limits = bundle.Limits(memory=64 << 20, pids=64, cpus=1)
         self.assertIn(
             'No space left',
             self.run_in('echo x >/written; ls /written; dd if=/dev/zero of=/fill bs=1M count=40 2>&1', limits=limits),
@@ -134,7 +135,7 @@ class Image(inside.InHost):
             ('www:none', "group 'none' is not in its /etc/group"),
             ('99999999', '65535 is the greatest'),
         ):
-            with inside.containers() as them, self.assertRaisesRegex(container.ContainerError, pattern):
+            with inside.prepared() as them, self.assertRaisesRegex(containers.ContainerError, pattern):
                 self.start(them, 'true', user)
             self.assertEqual(set(), them._slots)
 
@@ -144,11 +145,11 @@ class Image(inside.InHost):
         self.layer({'bin/busybox': pathlib.Path(BUSYBOX).read_bytes()})
         for link in ('/etc/real', '../../../../etc/real', '/proc/self/root/etc/passwd', '/etc/passwd'):
             self.layer({'etc/passwd': lambda path, link=link: path.symlink_to(link), 'etc/real': PASSWD})
-            with inside.containers() as them, self.assertRaisesRegex(container.ContainerError, "'secret' is not in"):
+            with inside.prepared() as them, self.assertRaisesRegex(containers.ContainerError, "'secret' is not in"):
                 self.start(them, 'true', 'secret')
             self.layers.pop()
         self.layer({'etc/passwd': os.mkfifo})
-        with inside.containers() as them, self.assertRaisesRegex(container.ContainerError, "'www' is not in"):
+        with inside.prepared() as them, self.assertRaisesRegex(containers.ContainerError, "'www' is not in"):
             self.start(them, 'true', 'www')
 
     @inside.inside
@@ -175,7 +176,7 @@ class Image(inside.InHost):
     @inside.inside
     def test_two_instances_have_other_ids_and_the_layers_are_nobodys(self):
         self.base()
-        with inside.containers() as them:
+        with inside.prepared() as them:
             started = [self.start(them, 'sleep 60') for _ in range(2)]
             owners = [os.stat(f'/proc/{its.pid}').st_uid for its, _ in started]
             for its, reader in started:
@@ -199,22 +200,22 @@ class Image(inside.InHost):
         self.base()
         elsewhere = pathlib.Path('/var/lib/elsewhere')  # on the host's overlay, which cannot
         shutil.copytree('/var/lib/faasd/layers', elsewhere / 'layers')
-        with inside.containers() as them, self.assertRaisesRegex(container.ContainerError, 'cannot map ids'):
-            spec = image.Spec('image', ('/bin/busybox',), cwd='/', layers=tuple(self.layers))
+        with inside.prepared() as them, self.assertRaisesRegex(containers.ContainerError, 'cannot map ids'):
+            spec = specs.Spec('image', ('/bin/busybox',), cwd='/', layers=tuple(self.layers))
             them.start('test', 1, spec, str(elsewhere / 'layers'), 1, cookie=1)
 
 
 class UserNamespace(inside.InHost):
     @inside.inside
     def test_it_has_the_mapping_and_leaves_no_process(self):
-        before = shell.run(['ps', '-e']).stdout.count('cat')
-        fd = shell.user_namespace('0 100000 65536')
+        before = process.run(['ps', '-e']).stdout.count('cat')
+        fd = process.user_namespace('0 100000 65536')
         seen = subprocess.run(
             ['nsenter', f'--user=/proc/self/fd/{fd}', 'cat', '/proc/self/uid_map'], pass_fds=[fd], capture_output=True
         )
         os.close(fd)
         self.assertEqual(['0', '100000', '65536'], seen.stdout.decode().split())
-        self.assertEqual(before, shell.run(['ps', '-e']).stdout.count('cat'))
+        self.assertEqual(before, process.run(['ps', '-e']).stdout.count('cat'))
 
 
 class Users(unittest.TestCase):

@@ -7,7 +7,7 @@ import signal
 import socket
 import unittest
 
-from handlers import protocol, runtime
+from handlers.containers import protocol, runtime
 from tests import inside, lab
 
 HTTP = """
@@ -83,7 +83,7 @@ class InContainer(inside.InHost):
     def start(self, source, **more):
         """An instance that ends with the test."""
         if not hasattr(self, 'them'):
-            self.them = self.stack.enter_context(inside.containers())
+            self.them = self.stack.enter_context(inside.prepared())
         return self.stack.enter_context(inside.Instance(self.them, source, **more))
 
     @staticmethod
@@ -343,7 +343,7 @@ class Ending(InContainer):
 
     @inside.inside
     def test_a_control_handler_has_its_turn_when_there_is_room_for_its_process(self):
-        with inside.containers(inside.LIMITS._replace(pids=6)) as them, inside.Instance(them, CONTROL) as instance:
+        with inside.prepared(inside.LIMITS._replace(pids=6)) as them, inside.Instance(them, CONTROL) as instance:
             instance.wait_up()
             clients = [instance.connect() for _ in range(12)]  # they say nothing yet, so their processes wait
             for client in clients:

@@ -12,8 +12,8 @@ import unittest
 from unittest import mock
 
 import registry
-import shell
 import vpn_manager
+from host import files, process
 from tests import inside, lab
 
 KEYS = [base64.b64encode(bytes((number,)) * 32).decode() for number in range(1, 30)]
@@ -259,13 +259,13 @@ class Live(inside.InHost):
             lambda area, text, **_: self.events.append(text), registry.GATEWAY, registry.ZONE_SERVER, '203.0.113.10'
         )
         manager.ensure_keys()
-        process = manager.bring_up()
-        self.stack.callback(manager.take_down, process)
+        child = manager.bring_up()
+        self.stack.callback(manager.take_down, child)
         return manager
 
     @staticmethod
     def shown(field):
-        return shell.run(['wg', 'show', 'wg0', field]).stdout
+        return process.run(['wg', 'show', 'wg0', field]).stdout
 
     def allowed(self):
         return dict(line.split('\t') for line in self.shown('allowed-ips').splitlines())
@@ -282,25 +282,25 @@ class Live(inside.InHost):
             manager.check_interface()
         self.assertIn('--standalone', caught.exception.hint)
         self.assertEqual(set(), manager.active())
-        process = manager.bring_up()
+        child = manager.bring_up()
         manager.check_interface()
         self.assertEqual('51820\n', self.shown('listen-port'))
         self.assertEqual(manager.get_server_public_key(), self.shown('public-key').strip())
         self.assertTrue(manager.index())
-        manager.take_down(process)
+        manager.take_down(child)
         self.assertFalse(manager.index())
-        self.assertNotIn('wireguard-go', shell.run(['ps', '-e']).stdout)
+        self.assertNotIn('wireguard-go', process.run(['ps', '-e']).stdout)
         self.assertEqual([], [each for each in os.listdir('/run') if each.startswith('faasd-')])
         manager.take_down()
 
     @inside.inside
     def test_an_interface_that_is_not_ours_is_told_with_what_to_do(self):
         manager = self.up()
-        shell.run(['ip', '-6', 'address', 'del', f'{registry.GATEWAY}/64', 'dev', 'wg0'])
+        process.run(['ip', '-6', 'address', 'del', f'{registry.GATEWAY}/64', 'dev', 'wg0'])
         with self.assertRaisesRegex(vpn_manager.VPNError, 'does not have the address'):
             manager.check_interface()
-        shell.run(['ip', '-6', 'address', 'add', f'{registry.GATEWAY}/64', 'dev', 'wg0'])
-        shell.run(['wg', 'set', 'wg0', 'private-key', '/dev/stdin'], input=shell.run(['wg', 'genkey']).stdout)
+        process.run(['ip', '-6', 'address', 'add', f'{registry.GATEWAY}/64', 'dev', 'wg0'])
+        process.run(['wg', 'set', 'wg0', 'private-key', '/dev/stdin'], input=process.run(['wg', 'genkey']).stdout)
         with self.assertRaisesRegex(vpn_manager.VPNError, 'runs with another key'):
             manager.check_interface()
         manager = vpn_manager.VPNManager(
@@ -370,7 +370,7 @@ class Live(inside.InHost):
         manager = self.up()
         manager.take_down()
         lab.wait_until(lambda: not manager.index(), 5, 'the end of wg0')
-        with self.assertRaises(shell.CommandError) as caught:
+        with self.assertRaises(process.CommandError) as caught:
             manager.project([peer(0)])
         self.assertNotIn(manager._private_key(), ' '.join(caught.exception.argv))
         self.assertEqual([], [each for each in os.listdir('/run') if each.startswith('faasd-')])
@@ -378,15 +378,15 @@ class Live(inside.InHost):
     @inside.inside
     def test_the_file_for_wg_is_private(self):
         with vpn_manager.private_file('text') as path:
-            self.assertEqual('text', shell.run(['cat', path]).stdout)
-            self.assertEqual(1, shell.run(['setpriv', '--reuid', '65534', 'cat', path], ok=(1,)).returncode)
+            self.assertEqual('text', process.run(['cat', path]).stdout)
+            self.assertEqual(1, process.run(['setpriv', '--reuid', '65534', 'cat', path], ok=(1,)).returncode)
         self.assertFalse(os.path.exists(path))
 
     @inside.inside
     def test_who_is_removed_is_locked_out_whatever_the_disk_says(self):
         manager = self.up()
         manager.project([peer(0), peer(1)])
-        read_only = mock.patch.object(shell, 'remove_file', side_effect=OSError(30, 'Read-only file system'))
+        read_only = mock.patch.object(files, 'remove_file', side_effect=OSError(30, 'Read-only file system'))
         with read_only, self.assertRaises(OSError):
             manager.project([peer(1)], ['peer0'])
         self.assertEqual(KEYS[1], self.shown('peers').strip())
@@ -395,7 +395,7 @@ class Live(inside.InHost):
     def test_only_function_addresses_are_added_and_taken_away(self):
         manager = self.up()
         manager.project_addresses(['fd00:faa5:1:0::a', 'fd00:faa5:1:0::b'])
-        shell.run(['ip', '-6', 'address', 'add', '2001:db8:5::1/128', 'dev', 'wg0'])
+        process.run(['ip', '-6', 'address', 'add', '2001:db8:5::1/128', 'dev', 'wg0'])
         own = {registry.GATEWAY, registry.ZONE_SERVER, '2001:db8:5::1'}
         for wanted in (['fd00:faa5:1:0::b', 'fd00:faa5:1:0::ffff'], [], ['fd00:faa5:1:0::a'], ['fd00:faa5:1:0::a']):
             manager.project_addresses(wanted)
@@ -473,7 +473,7 @@ class Live(inside.InHost):
 
     @staticmethod
     def nft(*arguments):
-        return shell.run(['nft', *arguments]).stdout
+        return process.run(['nft', *arguments]).stdout
 
     @inside.inside
     def test_the_table_needs_no_names_of_protocols_and_what_nft_says_is_told(self):

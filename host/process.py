@@ -1,13 +1,20 @@
 """Runs the programs that faasd leans on; no other module of the daemon starts one."""
 
 import contextlib
+import ctypes
 import os
+import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
-import tempfile
 import time
+
+PIDFD_THREAD = os.O_EXCL  # Linux 6.9
+PIDFD_GETFD = 438
+
+libc = ctypes.CDLL(None, use_errno=True)
 
 
 class CommandError(Exception):
@@ -108,39 +115,6 @@ def installed(program):
     return shutil.which(program) is not None
 
 
-def write_file(path, content, mode=0o644):
-    """Replace `path` by content (str or bytes) so that after a power cut it is the old or the new one, whole."""
-    folder = os.path.dirname(path)
-    fd, temporary = tempfile.mkstemp(dir=folder, prefix=f'.{os.path.basename(path)}.')
-    try:
-        with open(fd, 'wb') as file:
-            os.fchmod(fd, mode)
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(fd)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    sync_folder(folder)
-
-
-def remove_file(path):
-    """Unlink `path`, which may be gone already, so that it stays gone after a power cut."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-        sync_folder(os.path.dirname(path))
-
-
-def sync_folder(folder):
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def start_time(pid):
     """Clock ticks since boot at which `pid` started (proc(5), stat field 22), or None: with it a pid is unique."""
     try:
@@ -175,3 +149,35 @@ def end(pid, started, timeout_s=5):
         return True
     finally:
         os.close(pidfd)
+
+
+def process_of(tid):
+    """The process id of a thread; raises OSError when it is gone."""
+    with open(f'/proc/{tid}/status') as file:
+        return int(re.search(r'^Tgid:\s*(\d+)', file.read(), re.MULTILINE)[1])
+
+
+def copy_of(tid, fd):
+    """A descriptor (owned) of the open file that thread `tid` has at `fd`. Raises OSError."""
+    try:
+        pidfd = os.pidfd_open(tid, PIDFD_THREAD)
+    except OSError:  # an older kernel, whose threads share their descriptors but for rare ones
+        pidfd = os.pidfd_open(process_of(tid))
+    try:
+        copy = libc.syscall(PIDFD_GETFD, pidfd, fd, 0)
+        if copy < 0:
+            raise OSError(ctypes.get_errno(), 'pidfd_getfd')
+        os.set_inheritable(copy, False)
+        return copy
+    finally:
+        os.close(pidfd)
+
+
+def socket_of(tid, fd):
+    """The socket (owned) that thread `tid` has at `fd`. Raises OSError."""
+    copy = copy_of(tid, fd)
+    try:
+        return socket.socket(fileno=copy)
+    except BaseException:
+        os.close(copy)
+        raise

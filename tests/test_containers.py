@@ -10,8 +10,8 @@ import threading
 import unittest
 import unittest.mock
 
-import shell
-from handlers import container
+from handlers.containers import bundle, containers, logs
+from host import process
 from tests import inside, lab
 
 # Numbers of x86_64 and, where they differ, of arm64; both are tried by their own kernel's table.
@@ -31,7 +31,7 @@ class Sees(inside.InHost):
     """One instance answers all of these."""
 
     def run_in(self, *expressions):
-        with inside.containers() as them, inside.Expressions(them, 'hello') as instance:
+        with inside.prepared() as them, inside.Expressions(them, 'hello') as instance:
             instance.wait_up()
             return [instance.eval(each) for each in expressions]
 
@@ -152,7 +152,7 @@ class Sees(inside.InHost):
 
     @inside.inside
     def test_no_family_of_sockets_but_those_that_namespaces_confine(self):
-        with inside.containers() as them, inside.Expressions(them) as instance:
+        with inside.prepared() as them, inside.Expressions(them) as instance:
             instance.wait_up()
             for family in range(48):
                 for upper_half in (0, 1 << 32):
@@ -215,7 +215,7 @@ class Sees(inside.InHost):
 class Limits(inside.InHost):
     @inside.inside
     def test_memory_kills_and_the_reason_says_so(self):
-        with inside.containers(inside.LIMITS._replace(memory=48 << 20)) as them:
+        with inside.prepared(inside.LIMITS._replace(memory=48 << 20)) as them:
             with inside.Expressions(them) as instance:
                 instance.wait_up()
                 client = instance.connect(json.dumps('len(b"x" * (200 << 20))').encode() + b'\n')
@@ -228,7 +228,7 @@ class Limits(inside.InHost):
 
     @inside.inside
     def test_processes_and_threads_are_bounded(self):
-        with inside.containers(inside.LIMITS._replace(pids=16)) as them, inside.Expressions(them) as instance:
+        with inside.prepared(inside.LIMITS._replace(pids=16)) as them, inside.Expressions(them) as instance:
             instance.wait_up()
             how, what = instance.eval('[subprocess.Popen(["sleep", "100"]) for _ in range(30)]')
             self.assertEqual(('OSError', 'EAGAIN'), (how, what))
@@ -239,7 +239,7 @@ class Limits(inside.InHost):
 
     @inside.inside
     def test_cores_are_bounded(self):
-        with inside.containers(inside.LIMITS._replace(cpus=0.25)) as them, inside.Expressions(them) as instance:
+        with inside.prepared(inside.LIMITS._replace(cpus=0.25)) as them, inside.Expressions(them) as instance:
             instance.wait_up()
             used, took = instance.value(
                 '(lambda t, c: ([None for _ in iter(lambda: t.time() < c[0] + 0.6, False)],'
@@ -263,7 +263,7 @@ class Life(inside.InHost):
 
     @inside.inside
     def test_two_instances_have_different_ids_and_slots_are_used_again(self):
-        with inside.containers() as them:
+        with inside.prepared() as them:
             seen = set()
             for _ in range(2):
                 with inside.Expressions(them) as one, inside.Expressions(them) as two:
@@ -271,13 +271,13 @@ class Life(inside.InHost):
                         uid = int(each.wait_up().value('open("/proc/self/uid_map").read().split()[1]'))
                         self.assertEqual(uid, os.stat(f'/proc/{each.pid}').st_uid)
                         seen.add(uid)
-            self.assertEqual({0x70000000 + container.ID_RANGE, 0x70000000 + 2 * container.ID_RANGE}, seen)
+            self.assertEqual({0x70000000 + bundle.ID_RANGE, 0x70000000 + 2 * bundle.ID_RANGE}, seen)
             self.assertEqual(set(), them._slots)
 
     @inside.inside
     def test_nothing_remains_after_close(self):
         before = sorted(os.listdir('/proc/self/fd'))
-        with inside.containers() as them:
+        with inside.prepared() as them:
             self.assertEqual({'image', 'instances', 'rootfs'}, set(os.listdir('/run/faasd')))
             with inside.Expressions(them) as instance:
                 instance.wait_up()
@@ -285,15 +285,15 @@ class Life(inside.InHost):
                 self.assertTrue(self.cgroups(them))
                 record = json.loads(pathlib.Path(f'/run/faasd/instances/{ident}/record.json').read_text())
                 self.assertEqual(('test', 1, instance.pid), (record['function'], record['revision'], record['pid']))
-                self.assertEqual(shell.start_time(instance.pid), record['start_time'])
+                self.assertEqual(process.start_time(instance.pid), record['start_time'])
         self.check_nothing_remains(them, [ident])
         self.assertEqual(before, sorted(os.listdir('/proc/self/fd')))
 
     @inside.inside
     def test_what_a_killed_run_left_is_removed_by_the_next(self):
-        with inside.containers() as them:
+        with inside.prepared() as them:
             instances = [self.stack.enter_context(inside.Expressions(them)).wait_up() for _ in range(2)]
-            again = container.Containers(them.prefix, inside.LIMITS)  # as a new daemon on the same records
+            again = containers.Containers(them.prefix, inside.LIMITS)  # as a new daemon on the same records
             again.prepare()
             for instance in instances:
                 self.assertEqual([], os.listdir('/run/faasd/instances'))
@@ -304,32 +304,32 @@ class Life(inside.InHost):
 
     @inside.inside
     def test_another_servers_containers_are_left_alone(self):
-        with inside.containers(run_dir='/run/other', name='-other') as other, inside.Expressions(other) as instance:
+        with inside.prepared(run_dir='/run/other', name='-other') as other, inside.Expressions(other) as instance:
             instance.wait_up()
-            with inside.containers():
+            with inside.prepared():
                 pass
             self.assertEqual(3, instance.value('1 + 2'))
 
     @inside.inside
     def test_a_container_that_cannot_start_leaves_nothing(self):
-        with inside.containers() as them:
+        with inside.prepared() as them:
             before = sorted(os.listdir('/proc/self/fd'))
             for _ in range(3):
-                with open('/dev/null', 'w') as null, self.assertRaises(container.ContainerError) as caught:
+                with open('/dev/null', 'w') as null, self.assertRaises(containers.ContainerError) as caught:
                     them.start('test', 1, inside.SPEC, '/no/such/folder', null.fileno(), null.fileno())
                 self.assertIn('/no/such/folder', str(caught.exception))
                 self.assertNotIn('\n', str(caught.exception))
             self.assertEqual(([], set()), (os.listdir('/run/faasd/instances'), them._slots))
             self.assertEqual(before, sorted(os.listdir('/proc/self/fd')))
             os.environ['PATH'] = '/nowhere'
-            with open('/dev/null', 'w') as null, self.assertRaisesRegex(container.ContainerError, 'not installed'):
+            with open('/dev/null', 'w') as null, self.assertRaisesRegex(containers.ContainerError, 'not installed'):
                 them.start('test', 1, inside.SPEC, '/tmp', null.fileno(), null.fileno())
             os.environ['PATH'] = lab.environment()['PATH']
         self.check_nothing_remains(them)
 
     @inside.inside
     def test_everything_in_it_dies_with_its_first_process(self):
-        with inside.containers() as them, inside.Expressions(them) as instance:
+        with inside.prepared() as them, inside.Expressions(them) as instance:
             instance.wait_up().value('subprocess.Popen(["setsid", "sleep", "12345"]).pid')
             lab.wait_until(lambda: b'12345' in self.processes(), 5, 'its child')
             instance.container.kill()
@@ -338,11 +338,11 @@ class Life(inside.InHost):
 
     @staticmethod
     def processes():
-        return shell.run(['ps', '-eo', 'args']).stdout.encode()
+        return process.run(['ps', '-eo', 'args']).stdout.encode()
 
     @inside.inside
     def test_why_it_ended_is_told(self):
-        with inside.containers() as them:
+        with inside.prepared() as them:
             for source, reason in (
                 ('import sys; sys.exit(3)', 'ended with exit code 1'),
                 ('import os; os._exit(7)', 'ended with exit code 7'),
@@ -357,7 +357,7 @@ class Output(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.path = os.path.join(folder.name, 'log')
-        self.log = container.Log(self.path)
+        self.log = logs.Log(self.path)
 
     def test_the_last_lines_are_whole_and_in_order(self):
         self.assertEqual(b'', self.log.last(5))
@@ -370,7 +370,7 @@ class Output(unittest.TestCase):
 
     def test_it_is_bounded_and_the_older_part_is_read_too(self):
         chunk = b'x' * 1023 + b'\n'
-        for _ in range(3 * container.LOG_LIMIT // 1024):
+        for _ in range(3 * logs.LOG_LIMIT // 1024):
             self.log.append(chunk)
         self.log.append(b'last\n')
         files = [
@@ -378,16 +378,16 @@ class Output(unittest.TestCase):
             for name in os.listdir(os.path.dirname(self.path))
         ]
         self.assertEqual(2, len(files))
-        self.assertLessEqual(sum(files), 2 * container.LOG_LIMIT + 2048)
+        self.assertLessEqual(sum(files), 2 * logs.LOG_LIMIT + 2048)
         self.assertEqual(chunk + b'last\n', self.log.last(2))
 
     def test_a_disk_that_refuses_is_not_the_instances_trouble(self):
-        container.Log('/no/such/folder/log').append(b'x')
-        self.assertEqual(b'', container.Log('/no/such/folder/log').last(5))
+        logs.Log('/no/such/folder/log').append(b'x')
+        self.assertEqual(b'', logs.Log('/no/such/folder/log').last(5))
 
     def pipe(self):
-        copier = container.LogCopier()
-        pipe = container.LogPipe(self.log)
+        copier = logs.LogCopier()
+        pipe = logs.LogPipe(self.log)
         copier.add(pipe)
         return pipe
 
@@ -399,7 +399,7 @@ class Output(unittest.TestCase):
         pipe.close_writer()
         pipe.wait()
         lines = [f'line {number}' for number in range(50)] + ['end\ufffd']
-        self.assertEqual(lines[-container.TAIL_LINES - 1 :], pipe.tail())
+        self.assertEqual(lines[-logs.TAIL_LINES - 1 :], pipe.tail())
         self.assertEqual(b'line 49\nend\xff', self.log.last(2))
 
     def test_a_copy_of_the_reading_end_in_a_child_does_not_end_the_copier(self):
@@ -422,17 +422,17 @@ class Output(unittest.TestCase):
             os.write(pipe.writer, b'x' * 65536)
         pipe.close_writer()
         pipe.wait()
-        self.assertLessEqual(sum(map(len, pipe.tail())), 2 * container.LINE_LIMIT)
+        self.assertLessEqual(sum(map(len, pipe.tail())), 2 * logs.LINE_LIMIT)
 
     def test_many_writers_at_once_leak_no_descriptor(self):
         pipe = self.pipe()
         pipe.close_writer()
         pipe.wait()
         before = len(os.listdir('/proc/self/fd'))
-        copier = container.LogCopier()
+        copier = logs.LogCopier()
 
         def one():
-            mine = container.LogPipe(self.log)
+            mine = logs.LogPipe(self.log)
             copier.add(mine)
             os.write(mine.writer, b'text\n')
             mine.close_writer()

@@ -8,6 +8,7 @@ import struct
 
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20
 NLM_F_REQUEST, NLM_F_DUMP, NLMSG_ERROR, NLMSG_DONE = 1, 0x300, 2, 3
+SO_COOKIE = 57  # asm-generic/socket.h
 INET_DIAG_REQ_BYTECODE, INET_DIAG_BC_S_COND = 1, 7
 # Bits by the states of net/tcp_states.h: ESTABLISHED, SYN_RECV, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING.
 OPEN_STATES = sum(1 << state for state in (1, 3, 4, 5, 8, 9, 11))
@@ -43,3 +44,8 @@ def open_connections(network, port):
                 (uid,) = struct.unpack_from('I', data, 16 + 64)
                 found[data[24:40], uid] += 1
                 data = data[length + 3 & ~3 :]
+
+
+def cookie(sock):
+    """The number by which the kernel knows a socket, whoever holds it: eight bytes as int."""
+    return struct.unpack('Q', sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))[0]

@@ -9,7 +9,7 @@ import tempfile
 import unittest
 from unittest import mock
 
-import shell
+from host import files, process
 from tests import lab
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -24,59 +24,59 @@ class InFolder(unittest.TestCase):
 
 class Run(InFolder):
     def test_text_goes_in_and_comes_out(self):
-        self.assertEqual('grüße\n', shell.run(['cat'], input='grüße\n').stdout)
+        self.assertEqual('grüße\n', process.run(['cat'], input='grüße\n').stdout)
         with open('/dev/zero') as zero:
-            self.assertEqual('\0\0', shell.run(['head', '-c2'], stdin=zero).stdout)
-        self.assertEqual('', shell.run(['cat']).stdout)
+            self.assertEqual('\0\0', process.run(['head', '-c2'], stdin=zero).stdout)
+        self.assertEqual('', process.run(['cat']).stdout)
 
     def test_an_exit_code_that_is_not_ok_is_an_error_that_has_everything(self):
         argv = ['sh', '-c', 'echo out; echo first >&2; echo why >&2; exit 3']
-        with self.assertRaises(shell.CommandError) as caught:
-            shell.run(argv)
+        with self.assertRaises(process.CommandError) as caught:
+            process.run(argv)
         error = caught.exception
         self.assertEqual(
             (argv, 3, 'out\n', 'first\nwhy\n', 'why'),
             (error.argv, error.exit_code, error.stdout, error.stderr, error.reason),
         )
         self.assertEqual('sh: why', str(error))
-        self.assertEqual(3, shell.run(argv, ok=(0, 3)).returncode)
+        self.assertEqual(3, process.run(argv, ok=(0, 3)).returncode)
 
     def test_a_silent_failure_is_told_by_its_exit_code(self):
-        with self.assertRaisesRegex(shell.CommandError, 'sh: exit code 7'):
-            shell.run(['sh', '-c', 'exit 7'])
+        with self.assertRaisesRegex(process.CommandError, 'sh: exit code 7'):
+            process.run(['sh', '-c', 'exit 7'])
 
     def test_a_missing_program_is_named_with_what_installs_it(self):
-        for start in (shell.run, shell.start):
-            with self.assertRaisesRegex(shell.CommandError, 'no-such-program: not installed .make deps') as caught:
+        for start in (process.run, process.start):
+            with self.assertRaisesRegex(process.CommandError, 'no-such-program: not installed .make deps') as caught:
                 start(['no-such-program'])
             self.assertIsNone(caught.exception.exit_code)
 
     def test_one_that_is_too_slow_is_ended(self):
         mark = self.folder / 'pid'
-        with self.assertRaisesRegex(shell.CommandError, 'no end after 0.3 s'):
-            shell.run(['sh', '-c', f'echo $$ >{mark}; exec sleep 1000'], timeout_s=0.3)
+        with self.assertRaisesRegex(process.CommandError, 'no end after 0.3 s'):
+            process.run(['sh', '-c', f'echo $$ >{mark}; exec sleep 1000'], timeout_s=0.3)
         self.assertFalse(os.path.exists(f'/proc/{mark.read_text().strip()}'))
 
     def test_output_that_is_no_utf_8_is_no_error(self):
-        self.assertEqual('a\ufffdb', shell.run(['printf', r'a\377b']).stdout)
+        self.assertEqual('a\ufffdb', process.run(['printf', r'a\377b']).stdout)
 
 
 class Start(InFolder):
     def test_it_has_a_session_of_its_own_and_its_output_can_be_read(self):
-        with shell.start(
+        with process.start(
             ['sh', '-c', 'echo $MORE; echo err >&2; exec sleep 1000'], output=True, MORE='seen'
-        ) as process:
-            self.assertEqual([b'seen\n', b'err\n'], [process.stdout.readline(), process.stdout.readline()])
-            self.assertEqual(process.pid, os.getsid(process.pid))
-            process.terminate()
-            self.assertEqual(-signal.SIGTERM, process.wait(5))
+        ) as child:
+            self.assertEqual([b'seen\n', b'err\n'], [child.stdout.readline(), child.stdout.readline()])
+            self.assertEqual(child.pid, os.getsid(child.pid))
+            child.terminate()
+            self.assertEqual(-signal.SIGTERM, child.wait(5))
 
 
 class RunWithFds(InFolder):
     def test_it_gets_just_those_at_their_numbers(self):
         with open(self.folder / 'out', 'w+b') as out, open('/dev/zero') as zero:
             fds = {1: out.fileno(), 7: zero.fileno()}
-            code = shell.run_with_fds(['sh', '-c', 'for fd in /proc/self/fd/*; do readlink $fd; done; exit 5'], fds)
+            code = process.run_with_fds(['sh', '-c', 'for fd in /proc/self/fd/*; do readlink $fd; done; exit 5'], fds)
             out.seek(0)
             seen = out.read().decode().split('\n')
         self.assertEqual(5, code)
@@ -88,7 +88,7 @@ class RunWithFds(InFolder):
         reader, writer = os.pipe()
         try:
             echo = ['sh', '-c', f'echo here >/proc/self/fd/{writer}']
-            self.assertEqual(0, shell.run_with_fds(echo, {writer: writer}))
+            self.assertEqual(0, process.run_with_fds(echo, {writer: writer}))
             self.assertEqual(b'here\n', os.read(reader, 100))
         finally:
             os.close(reader)
@@ -98,28 +98,28 @@ class RunWithFds(InFolder):
         libc = ctypes.CDLL(None)
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self.addCleanup(libc.prctl, PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
-        self.assertEqual(0, shell.run_with_fds(['sh', '-c', '{ sleep 0.01; exit 3; } & exit 0'], {}))
+        self.assertEqual(0, process.run_with_fds(['sh', '-c', '{ sleep 0.01; exit 3; } & exit 0'], {}))
         with self.assertRaises(ChildProcessError):
             os.waitpid(-1, os.WNOHANG)
 
     def test_a_death_by_signal_and_a_missing_program_are_told(self):
-        self.assertEqual(-signal.SIGKILL, shell.run_with_fds(['sh', '-c', 'kill -9 $$'], {}))
-        with self.assertRaisesRegex(shell.CommandError, 'not installed'):
-            shell.run_with_fds(['no-such-program'], {})
+        self.assertEqual(-signal.SIGKILL, process.run_with_fds(['sh', '-c', 'kill -9 $$'], {}))
+        with self.assertRaisesRegex(process.CommandError, 'not installed'):
+            process.run_with_fds(['no-such-program'], {})
 
     def test_one_that_is_too_slow_is_ended_and_nothing_leaks(self):
         before = os.listdir('/proc/self/fd')
-        with self.assertRaisesRegex(shell.CommandError, 'no end'):
-            shell.run_with_fds(['sleep', '1000'], {}, timeout_s=0.2)
+        with self.assertRaisesRegex(process.CommandError, 'no end'):
+            process.run_with_fds(['sleep', '1000'], {}, timeout_s=0.2)
         self.assertEqual(before, os.listdir('/proc/self/fd'))
 
 
 class Files(InFolder):
     def test_a_file_is_replaced_whole_with_its_mode_and_nothing_else_remains(self):
         path = self.folder / 'file'
-        shell.write_file(path, 'old', mode=0o600)
+        files.write_file(path, 'old', mode=0o600)
         held = open(path)
-        shell.write_file(path, b'new', mode=0o600)
+        files.write_file(path, b'new', mode=0o600)
         with held:
             self.assertEqual('old', held.read())
         self.assertEqual('new', path.read_text())
@@ -128,10 +128,10 @@ class Files(InFolder):
 
     def test_when_any_step_fails_the_old_one_stays_and_nothing_else(self):
         path = self.folder / 'file'
-        shell.write_file(path, 'old')
+        files.write_file(path, 'old')
         for step in ('fsync', 'fchmod', 'replace'):
-            with mock.patch.object(shell.os, step, side_effect=OSError(28, 'No space left')), self.subTest(step):
-                self.assertRaises(OSError, shell.write_file, path, 'new')
+            with mock.patch.object(files.os, step, side_effect=OSError(28, 'No space left')), self.subTest(step):
+                self.assertRaises(OSError, files.write_file, path, 'new')
                 self.assertEqual(('old', ['file']), (path.read_text(), os.listdir(self.folder)))
 
     def test_the_folder_is_synced_after_the_new_name_stands(self):
@@ -146,52 +146,52 @@ class Files(InFolder):
             steps.append('replace')
             real_replace(*both)
 
-        with mock.patch.object(shell.os, 'fsync', fsync), mock.patch.object(shell.os, 'replace', replace):
-            shell.write_file(self.folder / 'file', 'text')
+        with mock.patch.object(files.os, 'fsync', fsync), mock.patch.object(files.os, 'replace', replace):
+            files.write_file(self.folder / 'file', 'text')
         self.assertEqual(['file', 'replace', 'folder'], steps)
 
     def test_a_file_that_is_gone_can_be_removed(self):
         path = self.folder / 'file'
         path.touch()
-        shell.remove_file(path)
-        shell.remove_file(path)
+        files.remove_file(path)
+        files.remove_file(path)
         self.assertEqual([], os.listdir(self.folder))
 
 
 class End(unittest.TestCase):
     def test_a_process_is_gone_afterwards_also_one_that_ignores_sigterm(self):
         for ignore in ('', 'trap "" TERM;'):
-            with shell.start(['sh', '-c', f'{ignore} echo on; while :; do sleep 0.1; done'], output=True) as process:
-                self.assertEqual(b'on\n', process.stdout.readline())
-                self.assertTrue(shell.end(process.pid, shell.start_time(process.pid), timeout_s=0.3))
-                self.assertEqual(signal.SIGKILL if ignore else signal.SIGTERM, -process.wait(0))
+            with process.start(['sh', '-c', f'{ignore} echo on; while :; do sleep 0.1; done'], output=True) as child:
+                self.assertEqual(b'on\n', child.stdout.readline())
+                self.assertTrue(process.end(child.pid, process.start_time(child.pid), timeout_s=0.3))
+                self.assertEqual(signal.SIGKILL if ignore else signal.SIGTERM, -child.wait(0))
 
     def test_another_process_of_that_number_is_left_alone(self):
-        with shell.start(['sleep', '1000']) as process:
-            self.assertFalse(shell.end(process.pid, shell.start_time(process.pid) - 1))
-            self.assertIsNone(process.poll())
-            process.kill()
-        self.assertFalse(shell.end(process.pid, 1))
+        with process.start(['sleep', '1000']) as child:
+            self.assertFalse(process.end(child.pid, process.start_time(child.pid) - 1))
+            self.assertIsNone(child.poll())
+            child.kill()
+        self.assertFalse(process.end(child.pid, 1))
 
 
 class StartTime(unittest.TestCase):
     def test_it_tells_a_process_from_a_later_one_and_is_none_for_none(self):
-        mine = shell.start_time(os.getpid())
-        self.assertEqual(mine, shell.start_time(os.getpid()))
-        with shell.start(['sleep', '1000']) as process:
-            self.assertGreaterEqual(shell.start_time(process.pid), mine)
-            process.kill()
-        self.assertIsNone(shell.start_time(process.pid))
+        mine = process.start_time(os.getpid())
+        self.assertEqual(mine, process.start_time(os.getpid()))
+        with process.start(['sleep', '1000']) as child:
+            self.assertGreaterEqual(process.start_time(child.pid), mine)
+            child.kill()
+        self.assertIsNone(process.start_time(child.pid))
 
     def test_a_name_with_brackets_and_blanks_does_not_confuse_it(self):
         with tempfile.TemporaryDirectory() as folder:
             program = pathlib.Path(folder, 'a) S 1 (b')
             program.symlink_to('/bin/sleep')
-            with shell.start([str(program), '1000']) as process:
-                stat_file = pathlib.Path(f'/proc/{process.pid}/stat')
+            with process.start([str(program), '1000']) as child:
+                stat_file = pathlib.Path(f'/proc/{child.pid}/stat')
                 lab.wait_until(lambda: b'a) S 1 (b' in stat_file.read_bytes(), 5, 'exec')
-                self.assertGreaterEqual(shell.start_time(process.pid), shell.start_time(os.getpid()))
-                process.kill()
+                self.assertGreaterEqual(process.start_time(child.pid), process.start_time(os.getpid()))
+                child.kill()
 
 
 if __name__ == '__main__':

@@ -15,8 +15,11 @@ import threading
 import unittest
 import unittest.mock
 
-import shell
-from handlers import image, unpack
+from handlers.images import folder as folders
+from handlers.images import layers, unpack
+from handlers.images import spec as specs
+from handlers.images import staging as image
+from host import process
 from tests import images, inside
 
 RUN = {'Cmd': ['/run']}
@@ -55,13 +58,14 @@ class Inside(unittest.TestCase):
     """Paths alone, without a root."""
 
     def test_what_stays_in_the_folder(self):
-        for path in ('a', 'a/b', './a', 'a/../b', 'a//b', '..a', 'a..', '/'.join('x' * unpack.FOLDER_DEPTH)):
-            unpack.inside(path, path)
+        for path in ('a', 'a/b', './a', 'a/../b', 'a//b', '..a', 'a..', '/'.join('x' * folders.FOLDER_DEPTH)):
+            folders.inside(path, path)
 
     def test_what_leads_out_of_it_or_too_deep(self):
-        for path in ('..', '../a', 'a/../../b', '/a', '//a', './..', 'a\0b', '/'.join('x' * (unpack.FOLDER_DEPTH + 1))):
+        too_deep = '/'.join('x' * (folders.FOLDER_DEPTH + 1))
+        for path in ('..', '../a', 'a/../../b', '/a', '//a', './..', 'a\0b', too_deep):
             with self.subTest(path), self.assertRaises(image.ImageError):
-                unpack.inside(path, path)
+                folders.inside(path, path)
 
 
 class Staged(inside.InHost):
@@ -73,9 +77,9 @@ class Staged(inside.InHost):
     def disk(self, options='size=1g'):
         """A fresh disk, with no revisions and no layers."""
         os.makedirs(self.DISK, exist_ok=True)
-        shell.run(['mount', '-t', 'tmpfs', '-o', options, 'disk', self.DISK])
-        self.stack.callback(shell.run, ['umount', '--lazy', self.DISK])
-        self.functions, self.layers = f'{self.DISK}/functions', image.Layers(f'{self.DISK}/layers')
+        process.run(['mount', '-t', 'tmpfs', '-o', options, 'disk', self.DISK])
+        self.stack.callback(process.run, ['umount', '--lazy', self.DISK])
+        self.functions, self.layers = f'{self.DISK}/functions', layers.Layers(f'{self.DISK}/layers')
         self.layers.prepare()
 
     def staging(self, most_bytes=256 << 20, reference=None):
@@ -91,7 +95,7 @@ class Staged(inside.InHost):
             self.spec = staging.receive(io.BytesIO(data).read, len(data) if length == -1 else length)
             staging.keep(f'{self.functions}/1/1')
         self.assertEqual(['1'], os.listdir(self.functions))
-        self.assertEqual(self.spec, image.read_spec(f'{self.functions}/1/1'))
+        self.assertEqual(self.spec, specs.read_spec(f'{self.functions}/1/1'))
         return pathlib.Path(self.functions, '1', '1')
 
     def refuse(self, data, pattern, error=image.ImageError, **more):
@@ -108,7 +112,7 @@ class Folders(Staged):
         """The files of a folder that was staged."""
         folder = self.stage(data, **more)
         self.stack.callback(shutil.rmtree, folder.parent, ignore_errors=True)
-        self.assertEqual(str(folder / 'tree'), image.tree(folder))
+        self.assertEqual(str(folder / 'tree'), specs.tree(folder))
         return folder / 'tree'
 
     @inside.inside
@@ -145,8 +149,8 @@ class Folders(Staged):
             )
         )
         modes = {}
-        for where, folders, names in os.walk(folder):
-            for name in (*folders, *names):
+        for where, dirs, names in os.walk(folder):
+            for name in (*dirs, *names):
                 status = os.lstat(os.path.join(where, name))
                 self.assertEqual((0, 0), (status.st_uid, status.st_gid), name)
                 modes[name] = stat.S_IMODE(status.st_mode)
@@ -171,10 +175,10 @@ class Folders(Staged):
         self.assertEqual(['__pycache__/handler', 'lib/__pycache__/__init__', 'lib/__pycache__/more'], compiled)
         for source in (folder / 'lib').glob('[!b]*.py'):
             source.write_text('raise SystemExit("the source was read")')  # unchecked: the compiled one is trusted
-        self.assertEqual('found\n', shell.run(['/usr/bin/python3', str(folder / 'handler.py')]).stdout)
+        self.assertEqual('found\n', process.run(['/usr/bin/python3', str(folder / 'handler.py')]).stdout)
         (more,) = (folder / 'lib').rglob('more.*.pyc')
         code = 'import marshal, sys; print(marshal.loads(open(sys.argv[1], "rb").read()[16:]).co_filename)'
-        self.assertEqual('/function/lib/more.py\n', shell.run(['/usr/bin/python3', '-c', code, str(more)]).stdout)
+        self.assertEqual('/function/lib/more.py\n', process.run(['/usr/bin/python3', '-c', code, str(more)]).stdout)
 
     @inside.inside
     def test_names_and_links_that_lead_out_are_refused(self):
@@ -294,9 +298,9 @@ class Folders(Staged):
         self.disk()
         folder = f'{self.functions}/1/1'
         os.makedirs(folder)
-        self.assertEqual((image.Spec('handler'), folder), (image.read_spec(folder), image.tree(folder)))
+        self.assertEqual((specs.Spec('handler'), folder), (specs.read_spec(folder), specs.tree(folder)))
         with self.assertRaises(FileNotFoundError):
-            image.read_spec(f'{self.functions}/1/2')
+            specs.read_spec(f'{self.functions}/1/2')
 
     @inside.inside
     def test_a_folder_may_be_packed(self):
@@ -308,7 +312,7 @@ class Folders(Staged):
     @inside.inside
     def test_a_folder_says_its_command(self):
         self.receive(archive(HANDLER))
-        self.assertEqual(image.Spec('handler'), self.spec)
+        self.assertEqual(specs.Spec('handler'), self.spec)
         toml = """
             command = ["node", "server.js"]
             port = 3000
@@ -375,7 +379,7 @@ class Folders(Staged):
         code = """
 import os, socket, sys
 sys.path.insert(0, sys.argv[1])
-from handlers import unpack
+from handlers.images import unpack
 proc = os.open('/proc', os.O_RDONLY)  # there is none behind chroot
 def probe(start_zstd):
     status = open(os.open('self/status', os.O_RDONLY, dir_fd=proc)).read().splitlines()
@@ -385,7 +389,7 @@ def probe(start_zstd):
 order = {'folder': sys.argv[2], 'id_base': 3000000}
 print(*unpack.run(order, probe), sep='\\n')
 """
-        out = shell.run(['/usr/bin/python3', '-I', '-S', '-c', code, inside.lab.REPO, f'{self.DISK}/probe']).stdout
+        out = process.run(['/usr/bin/python3', '-I', '-S', '-c', code, inside.lab.REPO, f'{self.DISK}/probe']).stdout
         *rest, capabilities = out.splitlines()
         self.assertEqual(['[0, 0, 0]', '[]', '[]', '[]', '1', "[[1, 'lo']]"], rest)
         self.assertEqual("['000000000004001b', '000000000004001b', '1']", capabilities)
@@ -399,7 +403,7 @@ print(*unpack.run(order, probe), sep='\\n')
         code = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
-from handlers import unpack
+from handlers.images import unpack
 def work(start_zstd):
     os.fork()
     os.write(int(sys.argv[3]), b'up')
@@ -408,10 +412,10 @@ unpack.run({'folder': sys.argv[2], 'id_base': 3000000}, work)
 """
         reader, writer = os.pipe()
         argv = ['/usr/bin/python3', '-I', '-S', '-c', code, inside.lab.REPO, f'{self.DISK}/probe', str(writer)]
-        with subprocess.Popen(argv, pass_fds=(writer,)) as process, open(reader, 'rb') as said:
+        with subprocess.Popen(argv, pass_fds=(writer,)) as child, open(reader, 'rb') as said:
             os.close(writer)
             self.assertEqual(b'upup', said.read(4))
-            process.kill()
+            child.kill()
             self.assertEqual(b'', said.read())  # nobody holds the other end
 
     @inside.inside
@@ -576,8 +580,8 @@ class Images(Staged):
         )
         target = f'{self.DISK}/mounted'
         os.mkdir(target)
-        shell.run(['mount', '-t', 'overlay', '-o', f'ro,lowerdir={above}:{below}', 'overlay', target])
-        self.stack.callback(shell.run, ['umount', target])
+        process.run(['mount', '-t', 'overlay', '-o', f'ro,lowerdir={above}:{below}', 'overlay', target])
+        self.stack.callback(process.run, ['umount', target])
         self.assertEqual((['a'], ['y']), (os.listdir(f'{target}/etc'), os.listdir(f'{target}/old')))
         self.assertEqual('2', pathlib.Path(target, 'etc/a').read_text())
 
@@ -693,7 +697,7 @@ class Images(Staged):
         """The path of an unpacker with other constants."""
         path = pathlib.Path('/tmp/worker.py')
         root = inside.lab.REPO
-        lines = [f'import sys; sys.path.insert(0, {str(root)!r})', 'from handlers import unpack']
+        lines = [f'import sys; sys.path.insert(0, {str(root)!r})', 'from handlers.images import unpack']
         lines += [f'unpack.{name} = {value!r}' for name, value in constants.items()]
         path.write_text('\n'.join([*lines, 'sys.exit(unpack.main(sys.argv[1]))']))
         return str(path)
@@ -773,7 +777,7 @@ class Images(Staged):
         self.image(BASE, BASE, config=config)
         digits = hashlib.sha256(BASE).hexdigest()
         self.assertEqual(
-            image.Spec(
+            specs.Spec(
                 'image',
                 ('/entry', '-x', 'serve', ''),
                 {'PATH': '/bin', 'EMPTY': '', 'A': 'd'},
@@ -788,7 +792,7 @@ class Images(Staged):
         for text, name, number in (('15', 'SIGTERM', 15), ('SIGRTMIN+3', 'SIGRTMIN+3', 37), (None, 'SIGTERM', 15)):
             shutil.rmtree(f'{self.functions}/1')
             self.image(BASE, config={**RUN, 'StopSignal': text})
-            self.assertEqual((name, number, '/'), (self.spec.stop_signal, image.signal_number(name), self.spec.cwd))
+            self.assertEqual((name, number, '/'), (self.spec.stop_signal, specs.signal_number(name), self.spec.cwd))
 
     @inside.inside
     def test_layers_that_lie_or_are_not_there_are_refused(self):
@@ -958,12 +962,12 @@ class Images(Staged):
 
     @inside.inside
     def test_layers_keep_the_ids_that_they_were_unpacked_with(self):
-        layers = image.Layers('/var/lib/some-layers')
-        layers.prepare()
-        self.assertEqual(1000000, layers.id_base(1000000))
-        self.assertEqual(2000000, layers.id_base(2000000))
-        os.mkdir(layers.path('0' * 64))
-        self.assertEqual(2000000, layers.id_base(1000000))
+        stored = layers.Layers('/var/lib/some-layers')
+        stored.prepare()
+        self.assertEqual(1000000, stored.id_base(1000000))
+        self.assertEqual(2000000, stored.id_base(2000000))
+        os.mkdir(stored.path('0' * 64))
+        self.assertEqual(2000000, stored.id_base(1000000))
 
     @inside.inside
     def test_shared_layers_are_stored_once_and_go_with_the_last(self):
@@ -1050,11 +1054,11 @@ class Specs(unittest.TestCase):
     """What is read from a spec.json."""
 
     def test_there_and_back(self):
-        spec = image.Spec('image', ('a', 'b'), {'A': 'b'}, '/', 'u', (1, 2), 'SIGHUP', ('a' * 64,), 1.5, 3)
-        self.assertEqual(spec, image.Spec.from_json(spec.to_json()))
+        spec = specs.Spec('image', ('a', 'b'), {'A': 'b'}, '/', 'u', (1, 2), 'SIGHUP', ('a' * 64,), 1.5, 3)
+        self.assertEqual(spec, specs.Spec.from_json(spec.to_json()))
 
     def test_every_field_is_checked(self):
-        good = image.Spec('image', ('a',), {'A': 'b'}, '/', 'u', (1,), 'SIGHUP', ('a' * 64,), 1.5, 3)._asdict()
+        good = specs.Spec('image', ('a',), {'A': 'b'}, '/', 'u', (1,), 'SIGHUP', ('a' * 64,), 1.5, 3)._asdict()
         for change in (
             {'kind': 'other'},
             {'kind': None},
@@ -1088,10 +1092,10 @@ class Specs(unittest.TestCase):
             {'more': 1},
         ):
             with self.subTest(change), self.assertRaises(ValueError):
-                image.Spec.from_json(json.dumps({**good, **change}))
+                specs.Spec.from_json(json.dumps({**good, **change}))
         for text in ('', '[]', '7', '[' * 100_000):
             with self.subTest(text[:5]), self.assertRaises(ValueError):
-                image.Spec.from_json(text)
+                specs.Spec.from_json(text)
 
 
 class OtherTools(Staged):
@@ -1100,7 +1104,7 @@ class OtherTools(Staged):
     @inside.inside
     def test_podman_and_skopeo(self):
         for program in ('podman', 'skopeo'):
-            if not shell.installed(program):
+            if not process.installed(program):
                 self.skipTest(f'{program} is not installed (./deps.sh test installs it)')
         self.disk()
         work = pathlib.Path(self.DISK, 'work')
@@ -1112,11 +1116,11 @@ class OtherTools(Staged):
         )
         podman = ['podman', '--root', f'{work}/store', '--runroot', f'{work}/run-root', '--storage-driver', 'vfs']
         podman += ['--cgroup-manager', 'cgroupfs']
-        shell.run([*podman, 'build', '--isolation=chroot', '-t', 'made:1', str(work)], timeout_s=120)
-        shell.run([*podman, 'save', '-o', f'{work}/docker.tar', 'made:1'], timeout_s=60)
-        shell.run([*podman, 'save', '--format', 'oci-archive', '-o', f'{work}/oci.tar', 'made:1'], timeout_s=60)
+        process.run([*podman, 'build', '--isolation=chroot', '-t', 'made:1', str(work)], timeout_s=120)
+        process.run([*podman, 'save', '-o', f'{work}/docker.tar', 'made:1'], timeout_s=60)
+        process.run([*podman, 'save', '--format', 'oci-archive', '-o', f'{work}/oci.tar', 'made:1'], timeout_s=60)
         copied = f'oci-archive:{work}/copied.tar:made:1'
-        shell.run(['skopeo', '--insecure-policy', 'copy', f'docker-archive:{work}/docker.tar', copied], timeout_s=60)
+        process.run(['skopeo', '--insecure-policy', 'copy', f'docker-archive:{work}/docker.tar', copied], timeout_s=60)
         for name in ('docker.tar', 'oci.tar', 'copied.tar'):
             with self.subTest(name):
                 self.stage((work / name).read_bytes(), reference='made:1')
@@ -1133,13 +1137,13 @@ class OtherTools(Staged):
 
     @inside.inside
     def test_they_read_what_the_tests_write(self):
-        if not shell.installed('skopeo'):
+        if not process.installed('skopeo'):
             self.skipTest('skopeo is not installed (./deps.sh test installs it)')
         self.disk()
         for form, kind in (('docker', 'docker-archive'), ('oci', 'oci-archive')):
             path = images.image([BASE], RUN, path=f'{self.DISK}/{form}.tar', form=form, pack='gzip')
             out = f'dir:{self.DISK}/{form}'
-            shell.run(['skopeo', '--insecure-policy', 'copy', f'{kind}:{path}', out], timeout_s=60)
+            process.run(['skopeo', '--insecure-policy', 'copy', f'{kind}:{path}', out], timeout_s=60)
 
 
 if __name__ == '__main__':

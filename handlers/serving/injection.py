@@ -22,17 +22,16 @@ import threading
 import time
 import traceback
 
-from handlers.listener import BACKLOG
+from handlers.images.spec import candidates
+from handlers.serving.listeners import BACKLOG
+from host.process import copy_of, process_of, socket_of
+from host.sock_diag import cookie
 
 # linux/seccomp.h: _IOWR('!', 0, struct seccomp_notif), (1, _resp), _IOW('!', 2, u64), (3, struct seccomp_notif_addfd)
 NOTIF_RECV, NOTIF_SEND, NOTIF_ID_VALID, NOTIF_ADDFD = 0xC0502100, 0xC0182101, 0x40082102, 0x40182103
 NOTIF_FLAG_CONTINUE, ADDFD_FLAG_SETFD = 1, 1
-PIDFD_THREAD = os.O_EXCL  # Linux 6.9
-PIDFD_GETFD = 438
-SO_COOKIE = 57
 CLONE_FILES = 0x400
 EPOLL_CTL_ADD, EPOLL_CTL_DEL = 1, 2
-DEFAULT_PORT = 80  # what $PORT says, unless the image or its EXPOSE knows better
 MOST_ORIGINALS = 64  # sockets of an instance that are kept to be given back
 MOST_FDINFO = 1 << 18  # letters about a process's epoll instances: thousands of registrations
 MOST_STATE = 1 << 20  # bytes of the container's state that comes with the notification descriptor
@@ -48,61 +47,11 @@ class EpollEvent(ctypes.Structure):
     _fields_ = [('events', ctypes.c_uint32), ('data', ctypes.c_uint64)]
 
 
-def candidates(spec):
-    """The ports on which a server of this image.Spec may be meant to listen, the best first.
-
-    Those of EXPOSE, $PORT among them first; without EXPOSE $PORT, and then any port counts.
-    """
-    text = spec.env.get('PORT', '')
-    port = int(text) if text.isascii() and text.isdigit() and 0 < int(text[:6]) < 65536 else None
-    if not spec.ports:
-        return (port or DEFAULT_PORT,)
-    first = port if port in spec.ports else DEFAULT_PORT if DEFAULT_PORT in spec.ports else min(spec.ports)
-    return (first, *(each for each in sorted(spec.ports) if each != first))
-
-
-def cookie(sock):
-    """The number by which the kernel knows a socket, whoever holds it: eight bytes as int."""
-    return struct.unpack('Q', sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))[0]
-
-
 def _ioctl(fd, request, form, *values):
     """The structure of that form after the kernel had it. Raises OSError."""
     structure = bytearray(struct.pack(form, *values))
     fcntl.ioctl(fd, request, structure, True)
     return structure
-
-
-def process_of(tid):
-    """The process id of a thread; raises OSError when it is gone."""
-    with open(f'/proc/{tid}/status') as file:
-        return int(re.search(r'^Tgid:\s*(\d+)', file.read(), re.MULTILINE)[1])
-
-
-def copy_of(tid, fd):
-    """A descriptor (owned) of the open file that thread `tid` has at `fd`. Raises OSError."""
-    try:
-        pidfd = os.pidfd_open(tid, PIDFD_THREAD)
-    except OSError:  # an older kernel, whose threads share their descriptors but for rare ones
-        pidfd = os.pidfd_open(process_of(tid))
-    try:
-        copy = libc.syscall(PIDFD_GETFD, pidfd, fd, 0)
-        if copy < 0:
-            raise OSError(ctypes.get_errno(), 'pidfd_getfd')
-        os.set_inheritable(copy, False)
-        return copy
-    finally:
-        os.close(pidfd)
-
-
-def socket_of(tid, fd):
-    """The socket (owned) that thread `tid` has at `fd`. Raises OSError."""
-    copy = copy_of(tid, fd)
-    try:
-        return socket.socket(fileno=copy)
-    except BaseException:
-        os.close(copy)
-        raise
 
 
 def flags_of(tid, fd):

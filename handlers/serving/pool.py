@@ -14,9 +14,11 @@ import termios
 import time
 import weakref
 
-from handlers import listener, protocol
-from handlers.container import ID_RANGE
-from handlers.instance import ADOPTED, GRACE_S, Handler, Program, Revision, StartFailed, Surroundings, text_of
+from handlers.containers import protocol
+from handlers.containers.bundle import ID_RANGE
+from handlers.serving import listeners
+from handlers.serving.instance import Handler, Revision, StartFailed, Surroundings, text_of
+from handlers.serving.program import ADOPTED, GRACE_S, Program
 
 __all__ = ['Pool', 'Revision', 'StartFailed', 'Surroundings', 'progress', 'text_of']
 
@@ -41,7 +43,7 @@ class Pool:
         self.revision = None  # the live Revision
         self.reason = None  # why the last instance ended that should not have
         self.gate = lambda is_open: None  # the front's: False while nobody could take a connection
-        self.front = None  # handlers.listener.Front
+        self.front = None  # handlers.listeners.Front
         self._serving = self._starting = self._trial = self._draining = None
         self._instances, self._replaced = set(), set()  # the folders of revisions that were replaced
         self._pending = collections.deque()  # accepted, and nobody's yet
@@ -236,12 +238,12 @@ class Pool:
                 return
             if not listens_itself(former):
                 with contextlib.suppress(OSError):
-                    while former.takes() and (waiting or listener.queued(sock)):
+                    while former.takes() and (waiting or listeners.queued(sock)):
                         connection = waiting.popleft() if waiting else sock.accept()[0]
                         if not former.send(connection):
                             waiting.appendleft(connection)
                             break
-            if waiting or listener.queued(sock):
+            if waiting or listeners.queued(sock):
                 quiet_since = now
             if now < min(quiet_since + QUIET_S, began + within_s / 2):
                 return self.around.loop.later(QUEUE_LOOK_S, look, quiet_since)
@@ -268,10 +270,10 @@ class Pool:
         serving = self._serving
         if not self.front or not serving or self._closed:
             return
-        if listens_itself(serving) and not listener.listens(self.front.sock):
+        if listens_itself(serving) and not listeners.listens(self.front.sock):
             with contextlib.suppress(OSError):  # it is looked at again in a second
                 self.front.revive()
-        if counts or self._pending or listener.queued(self.front.sock) or serving.connections:
+        if counts or self._pending or listeners.queued(self.front.sock) or serving.connections:
             self._used = counted
         elif 0 < self.around.idle_timeout_s < counted - self._used and not self._starting and not self._trial:
             self._rest(serving)

@@ -1,0 +1,199 @@
+"""The OCI configuration of an instance (config.md of the OCI runtime specification, 1.0.2)."""
+
+import os
+import resource
+from typing import NamedTuple
+
+from handlers.containers import seccomp
+from handlers.images.spec import candidates
+
+RUNTIME = '/opt/faas/runtime.py'
+# Every instance has a range of its own, so that no two can signal, trace or read each other, and nothing in the host's
+# tree is theirs; the first range owns the layers of images there, mapped to an instance's own when they are mounted.
+# From above what systemd gives to containers (UIDS-GIDS.md: 524288 to 1879048191) up to 2^31, where programs begin to
+# fail.
+ID_RANGE = 65536
+
+
+class Limits(NamedTuple):
+    """What one instance may use: bytes of memory, processes and threads, cores."""
+
+    memory: int
+    pids: int
+    cpus: float
+
+
+class Configurations(NamedTuple):
+    """Makes the configurations of one server's instances: in which cgroup, over which shared root file system."""
+
+    limits: Limits
+    cgroup: str
+    rootfs: str
+
+    def shared(self, ident, name, spec, base):
+        """What the configurations of all instances share."""
+        memory, pids, cpus = self.limits
+        files = min(8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1])  # the container may not raise ours
+        resources = {
+            'memory': {'limit': memory},
+            'pids': {'limit': pids},
+            'cpu': {'quota': int(cpus * 100_000), 'period': 100_000},
+            'devices': [{'allow': False, 'access': 'rwm'}],
+        }
+        if os.path.exists('/sys/fs/cgroup/cgroup.controllers') or os.path.exists(
+            '/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes'
+        ):
+            resources['memory']['swap'] = memory  # memory and swap together: none of it is swap
+        ids = [{'containerID': 0, 'hostID': base, 'size': ID_RANGE if spec.layers else 1}]
+        return {
+            'ociVersion': '1.0.2',
+            'process': {
+                'terminal': False,
+                'user': {'uid': 0, 'gid': 0},
+                'cwd': spec.cwd,
+                'args': list(spec.args),
+                'capabilities': capabilities(),
+                'noNewPrivileges': True,
+                'oomScoreAdj': 500,
+                'rlimits': [
+                    {'type': 'RLIMIT_NOFILE', 'hard': files, 'soft': files},
+                    {'type': 'RLIMIT_CORE', 'hard': 0, 'soft': 0},
+                ],
+            },
+            'hostname': name,
+            'mounts': [
+                {'destination': '/proc', 'type': 'proc', 'source': 'proc', 'options': ['nosuid', 'nodev', 'noexec']},
+                {
+                    'destination': '/dev',
+                    'type': 'tmpfs',
+                    'source': 'tmpfs',
+                    'options': ['nosuid', 'noexec', 'mode=755', 'size=64k'],
+                },
+                tmpfs('/dev/shm', '64m' if spec.layers else '16m', '1777'),
+            ],
+            'linux': {
+                'namespaces': [{'type': kind} for kind in ('pid', 'mount', 'ipc', 'uts', 'network', 'user', 'cgroup')],
+                'uidMappings': ids,
+                'gidMappings': ids,
+                'cgroupsPath': f'{self.cgroup}/{ident}',
+                'resources': resources,
+                'seccomp': seccomp.IMAGE if spec.layers else seccomp.FOLDER,
+                'maskedPaths': [
+                    '/proc/acpi',
+                    '/proc/asound',
+                    '/proc/interrupts',
+                    '/proc/kcore',
+                    '/proc/keys',
+                    '/proc/latency_stats',
+                    '/proc/sched_debug',
+                    '/proc/scsi',
+                    '/proc/timer_list',
+                    '/proc/timer_stats',
+                ],
+                'readonlyPaths': ['/proc/bus', '/proc/fs', '/proc/irq', '/proc/sys', '/proc/sysrq-trigger'],
+            },
+        }
+
+    def add_folder(self, config, spec, tree):
+        """The sandbox of a folder: the host's /usr, read-only, one id and no capability."""
+        process = config['process']
+        if spec.kind == 'handler':
+            process |= {'cwd': '/function', 'args': ['/usr/bin/python3', '-I', '-S', '-u', RUNTIME]}
+        environment = {'PATH': '/usr/local/bin:/usr/bin:/bin', 'HOME': '/tmp', 'LANG': 'C.UTF-8'}
+        process['env'] = in_lines(environment | {'FAAS_FUNCTION': config['hostname']} | spec.env)
+        config['root'] = {'path': self.rootfs, 'readonly': True}
+        config['mounts'] += [
+            tmpfs('/run', '1m', '755'),
+            tmpfs('/tmp', '64m', '1777'),
+            host('/usr', '/usr'),
+            host('/function', tree),
+        ]
+        if spec.kind != 'handler':
+            config['mounts'].append(tmpfs('/sys', '64k', '755', 'ro'))  # for its cgroup
+
+    def add_image(self, config, spec, root, user, home):
+        """The sandbox of an image: its mounted layers, and of root's capabilities those that stay inside."""
+        environment = {
+            'PATH': '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin',
+            'HOSTNAME': config['hostname'],
+            'HOME': home,
+            'FAAS_FUNCTION': config['hostname'],
+        }
+        config['process'] |= {
+            'user': user,
+            'env': in_lines(environment | spec.env),
+            'capabilities': capabilities(*IMAGE_CAPABILITIES),
+        }
+        config['root'] = {'path': root, 'readonly': False}
+        config['linux']['maskedPaths'] += ['/sys/firmware', '/sys/devices/virtual/powercap']
+        config['mounts'] += [
+            {
+                'destination': '/dev/pts',
+                'type': 'devpts',
+                'source': 'devpts',
+                'options': ['nosuid', 'noexec', 'newinstance', 'ptmxmode=0666', 'mode=0620', 'gid=5'],
+            },
+            {
+                'destination': '/dev/mqueue',
+                'type': 'mqueue',
+                'source': 'mqueue',
+                'options': ['nosuid', 'noexec', 'nodev'],
+            },
+            {'destination': '/sys', 'type': 'sysfs', 'source': 'sysfs', 'options': ['nosuid', 'noexec', 'nodev', 'ro']},
+            host('/etc/hosts', os.path.join(self.rootfs, 'etc/hosts')),
+        ]
+
+    @staticmethod
+    def add_ways_to_serve(config, spec, bundle):
+        """The two of a program that is not under runtime.py: /control.sock, and listen(), also below port 1024."""
+        environment = config['process']['env']
+        if not any(line.startswith('PORT=') for line in environment):
+            environment.append(f'PORT={candidates(spec)[0]}')
+        config['mounts'] += [
+            host('/run/faas', os.path.join(bundle, 'control')),
+            # Where a JVM and others see their limits; without, they take the host's memory for theirs.
+            {
+                'destination': '/sys/fs/cgroup',
+                'type': 'cgroup',
+                'source': 'cgroup',
+                'options': ['nosuid', 'noexec', 'nodev', 'relatime', 'ro'],
+            },
+        ]
+        linux = config['linux']
+        linux['readonlyPaths'] = [*linux['readonlyPaths'], '/sys/fs/cgroup']  # runc leaves that itself writable
+        linux['sysctl'] = {'net.ipv4.ip_unprivileged_port_start': '0'}
+        linux['seccomp'] = seccomp.notifying(linux['seccomp'], os.path.join(bundle, 'notify.sock'), '')
+
+
+# Within its own user namespace alone. KILL: a master that is root, such as gunicorn's, ends its workers that are not.
+IMAGE_CAPABILITIES = ('CAP_CHOWN', 'CAP_SETUID', 'CAP_SETGID', 'CAP_DAC_OVERRIDE', 'CAP_KILL')
+
+
+def capabilities(*names):
+    return {
+        kind: list(names) if kind in ('bounding', 'effective', 'permitted') else []
+        for kind in ('bounding', 'effective', 'inheritable', 'permitted', 'ambient')
+    }
+
+
+def in_lines(environment):
+    return [f'{name}={value}' for name, value in environment.items()]
+
+
+def tmpfs(where, size, mode, *more):
+    return {
+        'destination': where,
+        'type': 'tmpfs',
+        'source': 'tmpfs',
+        'options': ['nosuid', 'nodev', 'noexec', f'mode={mode}', f'size={size}', *more],
+    }
+
+
+def host(where, source):
+    """A bind mount of the host's `source` and of what is mounted below it, read-only."""
+    return {
+        'destination': where,
+        'type': 'bind',
+        'source': source,
+        'options': ['rbind', 'rro', 'rnosuid', 'rnodev'],
+    }

@@ -1,0 +1,333 @@
+"""Containers by runc or crun: the OCI bundle of an instance, its ids and limits, and the log of its output."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import stat
+import threading
+from typing import NamedTuple
+
+from handlers.containers import bundle, protocol, rootfs
+from handlers.containers.bundle import ID_RANGE
+from host import process, sock_diag
+
+ID_SLOTS = 4096
+
+
+class ContainerError(Exception):
+    """The OCI runtime could not start a container."""
+
+
+class Containers:
+    """Makes and removes the containers of one server; `prefix` tells them from another server's on the same kernel."""
+
+    def __init__(
+        self, prefix, limits, run_dir='/run/faasd', id_base=0x70000000, cgroup='', runtime='runc', layers_base=None
+    ):
+        self.prefix, self.limits, self._id_base = prefix, limits, id_base
+        self._layers_base = layers_base or id_base  # the first of the ids that own the files of layers
+        self._cgroup = f'{cgroup}/{prefix}'
+        self._rootfs, self._instances = os.path.join(run_dir, 'rootfs'), os.path.join(run_dir, 'instances')
+        self._image = os.path.join(run_dir, 'image')  # where each instance of an image sees its own root file system
+        self._roots = {each: os.path.join(run_dir, each) for each in ('runc', 'crun')}
+        self._runtime = (runtime, '--root', self._roots[runtime])
+        self._slots, self._lock = set(), threading.Lock()
+        self._configurations = bundle.Configurations(limits, self._cgroup, self._rootfs)
+        self._mappings = {}  # slot → the user namespace that maps the owners of layers to it
+
+    def prepare(self, wanted=lambda record: False):
+        """Remove what a killed run left of its instances, and lay out the root file system that all folders share.
+
+        Returns [(record, Container)] of those that still run, serve a listener of their own, and are `wanted`.
+        """
+        kept = {}
+        for folder in (self._instances, *self._roots.values()):
+            if os.path.isdir(folder):
+                for ident in os.listdir(folder):
+                    if ident not in kept and (left := self._left(ident, wanted)):
+                        kept[ident] = left
+                    if ident not in kept:
+                        self._delete(ident)
+        self._remove_cgroups()
+        if not kept:  # else it may be in use, and is only brought up to date
+            shutil.rmtree(self._rootfs, ignore_errors=True)
+        os.makedirs(self._instances, mode=0o700, exist_ok=True)
+        os.makedirs(self._image, exist_ok=True)
+        # With a user namespace every mount point must exist before, and a tmpfs takes the mode of its mount point (runc
+        # 1.1).
+        for folder in ('dev', 'etc', 'function', 'opt/faas', 'proc', 'run', 'sys', 'tmp', 'usr', 'var'):
+            os.makedirs(os.path.join(self._rootfs, folder), exist_ok=True)
+        os.chmod(os.path.join(self._rootfs, 'tmp'), 0o1777)
+        links = {'control.sock': 'run/faas/control.sock', 'var/tmp': '/tmp'}
+        for name in ('bin', 'sbin', 'lib', 'lib32', 'lib64', 'libx32'):
+            if os.path.islink(f'/{name}'):
+                links[name] = os.readlink(f'/{name}')
+        for name, target in links.items():
+            with contextlib.suppress(FileExistsError):
+                os.symlink(target, os.path.join(self._rootfs, name))
+        for name, text in (
+            ('passwd', 'root:x:0:0:function:/tmp:/usr/sbin/nologin\nnobody:x:65534:65534::/:/usr/sbin/nologin\n'),
+            ('group', 'root:x:0:\nnogroup:x:65534:\n'),
+            ('hosts', '127.0.0.1 localhost\n::1 localhost\n'),
+            ('nsswitch.conf', 'passwd: files\ngroup: files\nhosts: files\n'),
+        ):
+            with open(os.path.join(self._rootfs, 'etc', name), 'w') as file:
+                file.write(text)
+        for module in ('runtime.py', 'protocol.py'):
+            shutil.copy(
+                os.path.join(os.path.dirname(os.path.abspath(__file__)), module),
+                os.path.join(self._rootfs, 'opt/faas', module),
+            )
+        compile_all = ['/usr/bin/python3', '-I', '-S', '-m', 'compileall', '-q', '--invalidation-mode=unchecked-hash']
+        process.run([*compile_all, '-s', self._rootfs, '-p', '/', os.path.join(self._rootfs, 'opt/faas')])
+        return list(kept.values())
+
+    def _left(self, ident, wanted):
+        """(record, Container) of an instance of a run that is over, if it still is what its record says, and wanted."""
+        try:
+            with open(os.path.join(self._instances, ident, 'record.json')) as file:
+                record = json.load(file)
+            if record['listener'] is None or record['pid'] is None or not wanted(record):
+                return None
+            pidfd = os.pidfd_open(record['pid'])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if process.start_time(record['pid']) != record['start_time']:
+            os.close(pidfd)
+            return None
+        base, _ = record['ids']
+        self._slots.add((base - self._id_base) // ID_RANGE)
+        return record, Container(ident, record['pid'], pidfd, base)
+
+    @staticmethod
+    def output_of(container):
+        """The reader (owned) of what an instance of a run that is over prints; None if it has taken that elsewhere."""
+        with contextlib.suppress(OSError):
+            fd = os.open(f'/proc/{container.pid}/fd/2', os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                return fd
+            os.close(fd)
+        return None
+
+    def listener_of(self, record, container):
+        """The listening socket (owned) that an instance of a run that is over serves; None if it has lost it."""
+        for where in self._cgroups():
+            with contextlib.suppress(OSError), open(os.path.join(where, container.ident, 'cgroup.procs')) as file:
+                for pid in map(int, file.read().split()):
+                    for fd in map(int, os.listdir(f'/proc/{pid}/fd')):
+                        with contextlib.suppress(OSError):
+                            sock = process.socket_of(pid, fd)
+                            if sock_diag.cookie(sock) == record['listener']:
+                                return sock
+                            sock.close()
+        return None
+
+    def start(self, name, revision, spec, tree, output, channel=None, cookie=None):
+        """A running Container for a revision of function `name`: its specs.Spec and the folder `tree`, or its layers.
+
+        Borrows the log's writing end, and the runtime's channel or, for what serves in a way of its own, none: then
+        `cookie` is that of the listener it will get. Raises ContainerError; nothing is left then.
+        """
+        ident = f'{self.prefix}-{secrets.token_hex(4)}'
+        with self._lock:
+            slot = next((slot for slot in range(1, ID_SLOTS) if slot not in self._slots), None)
+            if slot is None:
+                raise ContainerError(f'{ID_SLOTS - 1} instances run already')
+            self._slots.add(slot)
+        bundle_dir = os.path.join(self._instances, ident)
+        try:
+            with contextlib.ExitStack() as undo:
+                undo.callback(self._delete, ident)
+                os.mkdir(bundle_dir, 0o700)
+                base = self._id_base + slot * ID_RANGE
+                record = {
+                    'function': name,
+                    'revision': revision,
+                    'ids': [base, ID_RANGE if spec.layers else 1],
+                    'protocol': protocol.VERSION,
+                    'pid': None,
+                    'start_time': None,
+                    'stop_signal': spec.stop_signal,
+                    'listener': cookie,
+                }
+                self._write(bundle_dir, 'record.json', record)
+                control = notifier = None
+                if channel is None:
+                    os.mkdir(os.path.join(bundle_dir, 'control'))
+                    control = undo.enter_context(listening(os.path.join(bundle_dir, 'control', 'control.sock'), 0o666))
+                    notifier = undo.enter_context(listening(os.path.join(bundle_dir, 'notify.sock'), 0o600))
+                run = [ident, name, spec, tree, bundle_dir, base, {1: output, 2: output}]
+                if channel is not None:
+                    run[-1][protocol.CHANNEL_FD] = channel
+                if spec.layers:
+                    rootfs.apart(lambda: self._run(*run))
+                else:
+                    self._run(*run)
+                with open(os.path.join(bundle_dir, 'pid')) as file:
+                    pid = int(file.read())
+                self._write(bundle_dir, 'record.json', record | {'pid': pid, 'start_time': process.start_time(pid)})
+                container = Container(ident, pid, os.pidfd_open(pid), base, control, notifier)
+                undo.pop_all()
+                return container
+        except BaseException as error:
+            with self._lock:
+                self._slots.discard(slot)
+            if isinstance(error, (OSError, process.CommandError, rootfs.Unfit)):
+                raise ContainerError(str(error)) from error
+            raise
+
+    def _run(self, ident, name, spec, tree, bundle_dir, base, fds):
+        """Have the OCI runtime start the container with the descriptors `fds`."""
+        make = self._configurations
+        config = make.shared(ident, name, spec, base)
+        if spec.layers:
+            layers = [os.path.join(tree, layer) for layer in spec.layers]
+            root = rootfs.mount(self._image, layers, self._mapping(base), self.limits.memory // 2, base)
+            make.add_image(config, spec, root, *rootfs.find_user(root, spec.user))
+        else:
+            make.add_folder(config, spec, tree)
+        if protocol.CHANNEL_FD not in fds:
+            make.add_ways_to_serve(config, spec, bundle_dir)
+        # Its own, so that it can open /dev/stdout: that is where images have their log files lead.
+        user = config['process']['user']
+        os.fchown(fds[1], base + user['uid'], base + user['gid'])
+        self._write(bundle_dir, 'config.json', config)
+        pid_file, errors = os.path.join(bundle_dir, 'pid'), os.path.join(bundle_dir, 'runtime.log')
+        # No session keyring: a host that is itself a container may refuse one, and keyctl is refused to functions.
+        run = ['run', '--detach', '--no-new-keyring', '--bundle', bundle_dir, '--pid-file', pid_file]
+        run += ['--preserve-fds', '1'] if protocol.CHANNEL_FD in fds else []
+        code = process.run_with_fds([*self._runtime, '--log', errors, *run, ident], fds)
+        if code:
+            raise ContainerError(self._runtime_said(errors) or f'{self._runtime[0]} ended with exit code {code}')
+
+    def _mapping(self, base):
+        """The user namespace that maps the owners of layers to the range from `base`; made once, and kept."""
+        with self._lock:
+            if base not in self._mappings:
+                self._mappings[base] = process.user_namespace(f'{self._layers_base} {base} {ID_RANGE}')
+            return self._mappings[base]
+
+    def remove(self, container):
+        """Remove what is left of a container whose first process has ended; return why it ended, as a line."""
+        code = container.reap()
+        signals = {128 + number: number.name for number in signal.Signals}
+        reason = f'ended by {signals[code]}' if code in signals else f'ended with exit code {code}'
+        if code in (137, 143) and self._out_of_memory(container.ident):
+            reason = f'ran out of memory (its limit is {self.limits.memory >> 20} MiB)'
+        self._delete(container.ident)
+        with self._lock:
+            self._slots.discard((container.base - self._id_base) // ID_RANGE)
+        return reason
+
+    def close(self):
+        """Take away what `prepare` made; every container is removed before, or left to a next run."""
+        for fd in self._mappings.values():
+            os.close(fd)
+        if self._slots:
+            return
+        self._remove_cgroups()
+        for folder in (self._rootfs, self._image, self._instances, *self._roots.values()):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _delete(self, ident):
+        for runtime, root in self._roots.items():  # a killed run may have had the other one
+            if os.path.isdir(root):
+                with contextlib.suppress(process.CommandError):  # the folder goes, even if the runtime has gone
+                    process.run([runtime, '--root', root, 'delete', '--force', ident], ok=range(256))
+        shutil.rmtree(os.path.join(self._instances, ident), ignore_errors=True)
+
+    @staticmethod
+    def _write(bundle_dir, name, content):
+        with open(os.path.join(bundle_dir, name), 'w') as file:
+            json.dump(content, file)
+
+    @staticmethod
+    def _runtime_said(path):
+        """Why the runtime failed, from its log: the first fatal line, since what follows is only its consequences."""
+        with contextlib.suppress(OSError), open(path) as file:
+            lines = file.read().strip().splitlines()
+            fatal = [line for line in lines if 'level=fatal' in line] or lines[-1:]
+            said = [re.sub(r'\\+"', '"', line.partition('msg=')[2].strip('"') or line) for line in fatal]
+            return re.sub(r'^nsexec-\d\[\d+\]: ', '', said[0]) if said else None
+
+    def _cgroups(self):
+        """The folders of this server's cgroup in each hierarchy: one on cgroup v2, one for each controller on v1."""
+        root = '/sys/fs/cgroup'
+        with contextlib.suppress(OSError):
+            for where in [root] + [entry.path for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)]:
+                if os.path.isdir(where + self._cgroup):
+                    yield where + self._cgroup
+
+    def _remove_cgroups(self):
+        for where in self._cgroups():
+            with contextlib.suppress(OSError):
+                for entry in os.scandir(where):
+                    if entry.is_dir(follow_symlinks=False):
+                        os.rmdir(entry.path)
+                os.rmdir(where)
+
+    def _out_of_memory(self, ident):
+        for where in self._cgroups():
+            for name in ('memory.oom_control', 'memory.events'):
+                with contextlib.suppress(OSError), open(os.path.join(where, ident, name)) as file:
+                    if any(line.startswith('oom_kill ') and line.split()[1] != '0' for line in file):
+                        return True
+        return False
+
+def listening(path, mode):
+    """A unix socket that listens at `path`, which may be longer than an address of 108 bytes, for whom `mode` lets."""
+    folder = os.open(os.path.dirname(path), os.O_PATH | os.O_CLOEXEC)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    try:
+        sock.bind(f'/proc/self/fd/{folder}/{os.path.basename(path)}')
+        os.chmod(path, mode)
+        sock.listen(128)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        os.close(folder)
+
+
+class Container(NamedTuple):
+    """A running container: the runtime's id, its first process as pid and pidfd (owned), the first of its ids.
+
+    Without a channel it has two sockets that listen (owned): /control.sock, and where its notification descriptor
+    comes.
+    """
+
+    ident: str
+    pid: int
+    pidfd: int
+    base: int
+    control: socket.socket | None = None
+    notifier: socket.socket | None = None
+
+    def kill(self, number=signal.SIGKILL):
+        """Signal the first process; with SIGKILL everything in the container goes with it."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def catches(self, number):
+        """True if the first process has a handler for a signal; without one the kernel keeps it from that process."""
+        with contextlib.suppress(OSError), open(f'/proc/{self.pid}/status') as file:
+            return bool(int(re.search(r'SigCgt:\s*([0-9a-f]+)', file.read())[1], 16) >> number - 1 & 1)
+        return False
+
+    def reap(self):
+        """Wait for the end and close the pidfd; the exit code, 128 + N for signal N."""
+        try:
+            ended = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+            return ended.si_status if ended.si_code == os.CLD_EXITED else 128 + ended.si_status
+        except ChildProcessError:  # not ours to wait for: this process is no subreaper
+            return 0
+        finally:
+            os.close(self.pidfd)
+
+

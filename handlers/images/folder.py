@@ -1,0 +1,200 @@
+"""A function's folder: unpacked from a tar, and how its faas.toml, Procfile or handler.py say that it is started."""
+
+import contextlib
+import os
+import pathlib
+import py_compile
+import re
+import shlex
+import tomllib
+
+from handlers.images import archive
+from handlers.images.archive import ImageError, show
+
+FOLDER_ENTRIES, FOLDER_DEPTH = 20_000, 32
+MOST_SETTINGS = 64 << 10  # bytes of a faas.toml or a Procfile
+
+
+def inside(path, name):
+    """Raise ImageError unless `path` stays in the folder by its text alone."""
+    found = os.path.normpath(path).split('/')
+    if os.path.isabs(path) or found[0] == '..' or len(found) > FOLDER_DEPTH or '\0' in path:
+        raise ImageError(f'{show(name)} leads out of the folder, or too deep into it', FOLDER_HINT)
+
+
+FOLDER_HINT = 'send a tar of the folder that holds handler.py, faas.toml or a Procfile'
+ENTRY_HINT = 'put a handler.py, a faas.toml with `command = […]` or a Procfile into it'
+
+
+def fill_folder(reader):
+    """Unpack a tar of files, folders and links that stay inside into the current folder. Raises ImageError."""
+    made = set()
+    for member in archive.members(reader):
+        given = os.fsdecode(member.name)
+        name = os.path.normpath(given)
+        if name == '.' and member.kind == 'folder':
+            continue
+        inside(given, given)
+        made.update((name, *map(str, pathlib.PurePath(name).parents)))
+        if len(made) > FOLDER_ENTRIES:
+            raise ImageError(f'more than {FOLDER_ENTRIES} files and folders', FOLDER_HINT)
+        try:
+            put_in_folder(name, member, reader)
+        except FileExistsError as error:
+            raise ImageError(f'{show(given)} exists already', FOLDER_HINT) from error
+
+
+def put_in_folder(name, member, reader):
+    folder = os.path.dirname(name)
+    if os.path.realpath(folder) != os.path.join('/', folder):  # or it might lie deeper than it says
+        raise ImageError(f'{show(name)} goes through a link', FOLDER_HINT)
+    os.makedirs(folder or '.', mode=0o755, exist_ok=True)
+    if member.kind == 'folder':
+        os.makedirs(name, mode=0o755, exist_ok=True)
+    elif member.kind == 'symlink':
+        link = os.fsdecode(member.link)
+        if os.path.isabs(link):
+            raise ImageError(f'{show(name)} links to {show(link)}, out of the folder', FOLDER_HINT)
+        inside(os.path.join(folder, link), name)
+        os.symlink(link, name)
+    elif member.kind == 'file':
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o755 if member.mode & 0o111 else 0o644)
+        try:
+            reader.copy(member.size, fd)
+        finally:
+            os.close(fd)
+    else:
+        raise ImageError(f'{show(name)} is neither file, folder nor symbolic link', FOLDER_HINT)
+
+
+def precompile():
+    """Compile what is Python here; the container sees it at /function, which tracebacks show."""
+    for where, _, names in os.walk('.'):
+        for name in names:
+            if name.endswith('.py'):
+                path = os.path.join(where, name)
+                with contextlib.suppress(Exception):  # said better when it is run
+                    py_compile.compile(
+                        path,
+                        dfile=os.path.join('/function', os.path.relpath(path)),
+                        doraise=True,
+                        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+                    )
+
+
+def do_folder(section, name, meter):
+    """Unpack a folder as `name` here and read its settings. Returns its spec. Raises ImageError."""
+    os.mkdir(name, 0o755)
+    os.chroot(name)
+    os.chdir('/')
+    os.umask(0o022)
+    meter.bytes(section.size)
+    fill_folder(archive.SectionReader(section))
+    spec = folder_spec()
+    precompile()
+    return spec
+
+
+SETTINGS = {  # of a faas.toml: what a value must be
+    'command': 'a text or a list of texts',
+    'port': 'a number from 1 to 65535',
+    'start_timeout': 'a number of seconds from 0.1 to 3600',
+    'concurrency': 'a number from 1 to 100000',
+    'env': 'a table of texts',
+}
+
+
+def folder_spec():
+    """How the function in the current folder is started, as specs.Spec has it. Raises ImageError."""
+    settings = faas_toml()
+    command = settings.pop('command', None) or procfile()
+    if command is None and not os.path.isfile('handler.py'):
+        raise ImageError('there is no handler.py in the folder, no command in a faas.toml, and no Procfile', ENTRY_HINT)
+    port = settings.pop('port', None)
+    return {
+        'kind': 'command' if command else 'handler',
+        'args': command or [],
+        'env': settings.get('env', {}),
+        'cwd': '/function',
+        'ports': [port] if port else [],
+        'start_timeout_s': settings.get('start_timeout'),
+        'concurrency': settings.get('concurrency'),
+    }
+
+
+def read_settings(name):
+    """The text of a small file here, or None. Raises ImageError."""
+    if not os.path.isfile(name):
+        if os.path.lexists(name):
+            raise ImageError(f'{name} is no file')
+        return None
+    with open(name, 'rb') as file:
+        data = file.read(MOST_SETTINGS + 1)
+    if len(data) > MOST_SETTINGS:
+        raise ImageError(f'{name} has more than {MOST_SETTINGS} bytes')
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ImageError(f'{name} is not UTF-8 text') from error
+
+
+def faas_toml():
+    """The checked settings of faas.toml, {} without one; its command is a list. Raises ImageError."""
+    text = read_settings('faas.toml')
+    try:
+        settings = tomllib.loads(text or '')
+    except (ValueError, RecursionError) as error:
+        why = ' '.join(str(error).split())[:200]
+        raise ImageError(f'faas.toml is not TOML: {why}', 'such as: command = ["node", "server.js"]') from error
+    unknown = sorted(settings.keys() - SETTINGS.keys())
+    if unknown:
+        raise ImageError(
+            f'faas.toml: there is no setting {", ".join(map(show, unknown[:9]))}', f'there is: {", ".join(SETTINGS)}'
+        )
+    if isinstance(settings.get('command'), str):
+        settings['command'] = split(settings['command'], 'faas.toml: command')
+    for key, value in settings.items():
+        if not suits(key, value):
+            raise ImageError(f'faas.toml: {key} must be {SETTINGS[key]}', f'there is: {", ".join(SETTINGS)}')
+    return settings
+
+
+def suits(key, value):
+    """Whether `value` is one for that setting of a faas.toml."""
+    if key == 'command':
+        return isinstance(value, list) and value and all(map(is_text, value)) and value[0]
+    if key == 'env':
+        return isinstance(value, dict) and all(
+            re.fullmatch('[A-Za-z_][A-Za-z0-9_]*', name) and is_text(text) for name, text in value.items()
+        )
+    if type(value) is not int and not (key == 'start_timeout' and type(value) is float):
+        return False
+    least, most = {'port': (1, 65535), 'start_timeout': (0.1, 3600), 'concurrency': (1, 100_000)}[key]
+    return least <= value <= most
+
+
+def is_text(value):
+    return isinstance(value, str) and '\0' not in value
+
+
+def split(line, what):
+    """The words of a command line. Raises ImageError."""
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise ImageError(f'{what}: {error}') from error
+    if not words or not words[0] or '\0' in line:
+        raise ImageError(f'{what} is no command')
+    return words
+
+
+def procfile():
+    """The command of the only line of a Procfile, None without one. Raises ImageError."""
+    text = read_settings('Procfile')
+    if text is None:
+        return None
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith('#')]
+    if len(lines) != 1:
+        raise ImageError(f'the Procfile has {len(lines)} lines, not one', 'leave the one that serves')
+    name, colon, command = lines[0].partition(':')
+    return split(command if colon and re.fullmatch(r'[A-Za-z0-9_-]+', name) else lines[0], 'the Procfile')

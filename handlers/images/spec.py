@@ -1,0 +1,135 @@
+"""How a revision is started: what a folder or an image says of itself, checked."""
+
+import json
+import os
+import re
+import signal
+from typing import NamedTuple
+
+from handlers.images.archive import MOST_LAYERS
+
+NOBODY = 65534
+DEFAULT_PORT = 80  # what $PORT says, unless the image or its EXPOSE knows better
+
+
+class Spec(NamedTuple):
+    """How a revision is started.
+
+    kind is 'handler' (a handler.py), 'command' (args in a folder) or 'image' (args over `layers`, hex digests from the
+    bottom). user is '' for root, else as the image has it. ports are those of TCP that it says it serves.
+    """
+
+    kind: str
+    args: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+    cwd: str = '/function'
+    user: str = ''
+    ports: tuple[int, ...] = ()
+    stop_signal: str = 'SIGTERM'
+    layers: tuple[str, ...] = ()
+    start_timeout_s: float | None = None
+    concurrency: int | None = None
+
+    def to_json(self):
+        return json.dumps(self._asdict(), indent=1) + '\n'
+
+    @classmethod
+    def from_json(cls, text):
+        """The Spec in a text. Raises ValueError unless every field is as it must be."""
+        try:
+            return cls.checked(json.loads(text))
+        except RecursionError as error:
+            raise ValueError('the spec is nested too deep') from error
+
+    @classmethod
+    def checked(cls, said):
+        """The Spec that a dict from JSON describes. Raises ValueError."""
+        if not isinstance(said, dict) or said.keys() - set(cls._fields):
+            raise ValueError('the spec is not made of its fields')
+        said = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
+        spec = cls(**{'kind': None, **said})
+        texts = (*(spec.args if isinstance(spec.args, tuple) else ()), spec.cwd, spec.user)
+        env = spec.env.items() if isinstance(spec.env, dict) else [(None, None)]
+        for name, right in (
+            ('kind', spec.kind in ('handler', 'command', 'image')),
+            ('args', isinstance(spec.args, tuple) and all(map(is_text, texts))),
+            ('env', all(is_text(key) and is_text(value) and key and '=' not in key for key, value in env)),
+            ('cwd', is_text(spec.cwd) and spec.cwd.startswith('/') and '..' not in spec.cwd.split('/')),
+            ('ports', is_tuple(spec.ports, lambda port: is_int(port, 1, 65535))),
+            ('stop_signal', is_text(spec.stop_signal) and is_signal(spec.stop_signal)),
+            ('layers', is_tuple(spec.layers, is_hex) and len(spec.layers) <= MOST_LAYERS),
+            ('start_timeout_s', spec.start_timeout_s is None or is_number(spec.start_timeout_s, 0.1, 3600)),
+            ('concurrency', spec.concurrency is None or is_int(spec.concurrency, 1, 100_000)),
+        ):
+            if not right:
+                raise ValueError(f"the spec's {name} is not as it must be")
+        if (spec.kind != 'handler' and not (spec.args and spec.args[0])) or (spec.kind == 'image') != bool(spec.layers):
+            raise ValueError(f'the spec is not one of kind {spec.kind}')
+        return spec
+
+
+def is_text(value):
+    """Whether it is text that a process can be given."""
+    try:
+        return isinstance(value, str) and '\0' not in value and os.fsencode(value) is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def is_tuple(value, each):
+    return isinstance(value, tuple) and all(map(each, value))
+
+
+def is_int(value, least, most):
+    return type(value) is int and least <= value <= most
+
+
+def is_number(value, least, most):
+    return type(value) in (int, float) and least <= value <= most
+
+
+def is_hex(value):
+    return isinstance(value, str) and re.fullmatch('[0-9a-f]{64}', value) is not None
+
+
+def is_signal(name):
+    try:
+        return signal_number(name) > 0
+    except ValueError:
+        return False
+
+
+def signal_number(name):
+    """The number of a Spec's stop_signal, such as SIGQUIT or SIGRTMIN+3. Raises ValueError."""
+    found = re.fullmatch(r'(SIG[A-Z0-9]+)([+-][0-9]{1,2})?', name)
+    if not found or found[1] not in signal.Signals.__members__:
+        raise ValueError(f'there is no signal {name!r}')
+    return signal.Signals[found[1]] + int(found[2] or 0)
+
+
+def read_spec(folder):
+    """The Spec of a revision's folder; without one it is a handler.py's, of an older version. Raises ValueError."""
+    try:
+        with open(os.path.join(folder, 'spec.json')) as file:
+            return Spec.from_json(file.read())
+    except FileNotFoundError:
+        os.stat(folder)
+        return Spec('handler')
+
+
+def tree(folder):
+    """Where a revision's files are, of a revision that is no image."""
+    return os.path.join(folder, 'tree') if os.path.exists(os.path.join(folder, 'spec.json')) else folder
+
+
+def candidates(spec):
+    """The ports on which a server of this specs.Spec may be meant to listen, the best first.
+
+    Those of EXPOSE, $PORT among them first; without EXPOSE $PORT, and then any port counts.
+    """
+    text = spec.env.get('PORT', '')
+    port = int(text) if text.isascii() and text.isdigit() and 0 < int(text[:6]) < 65536 else None
+    if not spec.ports:
+        return (port or DEFAULT_PORT,)
+    first = port if port in spec.ports else DEFAULT_PORT if DEFAULT_PORT in spec.ports else min(spec.ports)
+    return (first, *(each for each in sorted(spec.ports) if each != first))
