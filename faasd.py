@@ -45,9 +45,11 @@ from handlers.containers import bundle, containers, logs
 from handlers.images import layers
 from handlers.images import spec as specs
 from handlers.images import staging as image
-from handlers.serving import injection, listeners, pool
+from handlers.serving import injection, pool
 from handlers.serving.loop import Loop
-from host import files, process, sock_diag
+from handlers.serving.server import FaaSServer
+from host import files, firewall, netlink, process, sock_diag, systemd
+from host.errors import FaasError
 
 STATE = '/var/lib/faasd'
 RUN = '/run/faasd'
@@ -124,12 +126,8 @@ SETTINGS = {  # name: (default, parser); docs/API.md has the same table, a test 
 }
 
 
-class StartError(Exception):
-    """faasd cannot start; one line, and `hint` says what to do."""
-
-    def __init__(self, text, hint=None):
-        super().__init__(text)
-        self.hint = hint
+class StartError(FaasError):
+    """faasd cannot start."""
 
 
 class BadSettings(StartError):
@@ -214,100 +212,6 @@ def date(seconds):
     return timestamp(seconds)[:10]
 
 
-# The request path
-
-
-class FaaSServer:
-    """Accepts on [function address]:80 and hands each connection to the function's pool.
-
-    It reads no byte of a request.
-    """
-
-    ACCEPTS = 64  # of one listener before the others have their turn
-
-    def __init__(self, loop, emit):
-        self._loop, self._emit = loop, emit
-        self._listeners = {}  # ipv6 → Listener
-        self._permitted = True
-
-    def add_listener(self, ipv6, name, its_pool, adopted=None):
-        """Bind and listen, or go on with `adopted` (consumed); what comes waits until `its_pool` takes it.
-
-        Raises OSError.
-        """
-        its = Listener(listeners.Front(ipv6, vpn_manager.MARK, adopted), its_pool)
-        self._emit('listener', f'Listening on [{ipv6}]:80 for {name}', name=name)
-        self._loop.wait(self._add, ipv6, its)
-
-    def _add(self, ipv6, its):
-        self._listeners[ipv6] = its
-        its.pool.front = its.front
-        its.pool.gate = lambda is_open: self._gate(its, is_open)
-        self._gate(its, True)
-
-    def remove_listener(self, ipv6):
-        """Listen no more; blocks until it is so. An address without a listener is left at that."""
-        self._loop.wait(self.remove, ipv6)
-
-    def remove(self, ipv6):
-        """The same, in the loop's thread."""
-        its = self._listeners.pop(ipv6, None)
-        if its:
-            self._gate(its, False)
-            its.pool.gate, its.pool.front = lambda is_open: None, None
-            its.front.close()
-
-    def leave(self, ipv6):
-        """In the loop's thread: let go of an address whose front an instance goes on to serve."""
-        its = self._listeners.pop(ipv6)
-        self._gate(its, False)
-        its.pool.front = None
-        its.front.leave()
-
-    def permit(self, permitted):
-        """Hand nothing out while permitted is False: without the nftables table a passed socket opens the host."""
-        self._loop.call(self._permit, permitted)
-
-    def _permit(self, permitted):
-        self._permitted = permitted
-        for its in self._listeners.values():
-            self._gate(its, its.open)
-
-    def _gate(self, its, is_open):
-        its.open = is_open
-        fd = its.front.sock.fileno() if is_open and self._permitted else -1
-        if its.watched not in (None, fd):
-            self._loop.unwatch(its.watched)
-            its.watched = None
-        if its.watched is None and fd >= 0:
-            its.watched = fd
-            self._loop.watch(fd, lambda: self._accept(its))
-
-    def _accept(self, its):
-        for _ in range(self.ACCEPTS):
-            if not its.pool.take():
-                return
-            try:
-                connection, _ = its.front.sock.accept()
-            except BlockingIOError:
-                return
-            except ConnectionAbortedError:
-                continue
-            except OSError as error:  # out of descriptors: let some be closed
-                self._emit('listener', f'Cannot accept: {error.strerror}', problem=True)
-                self._gate(its, False)
-                return self._loop.later(0.1, self._gate, its, True)
-            # As another user's, it cannot join the listeners on port 80 by SO_REUSEPORT, should a function try.
-            os.fchown(connection.fileno(), specs.NOBODY, -1)
-            its.pool.dispatch(connection)
-
-
-class Listener:
-    def __init__(self, front, its_pool):
-        self.front, self.pool = front, its_pool
-        self.open, self.watched = False, None  # the descriptor that is watched
-
-
 # Who may do what
 
 
@@ -330,12 +234,12 @@ def may(caller, verb, name=None):
     return False
 
 
-class RequestError(Exception):
-    """A request that is refused with an HTTP status, one line and a hint."""
+class RequestError(FaasError):
+    """A request that is refused with that HTTP status."""
 
     def __init__(self, status, text, hint=None):
-        super().__init__(text)
-        self.status, self.hint = status, hint
+        super().__init__(text, hint)
+        self.status = status
 
 
 def http_status(error):
@@ -413,6 +317,9 @@ class Faasd:
         undo(self.registry.close)
         self.registry.abandon_stale()
         self.vpn = self._vpn_manager()
+        self.firewall = firewall.Firewall(
+            settings['nft_table'], settings['wg_interface'], registry.GATEWAY, registry.ZONE_SERVER
+        )
         self.dns = dns_manager.DNSZoneManager(
             self.registry.next_serial, self.emit, registry.GATEWAY, registry.ZONE_SERVER
         )
@@ -440,8 +347,8 @@ class Faasd:
         undo(made.close)
         live = {function.name: function.revision for function in self.registry.functions()}
         left = made.prepare(lambda record: live.get(record['function']) == record['revision'])
-        self.vpn.load_rules()  # before the first listener, until after the last instance
-        undo(self._unless_left, self.vpn.remove_rules)
+        self.firewall.load()  # before the first listener, until after the last instance
+        undo(self._unless_left, self.firewall.remove)
         self._remove_stray_files()
 
         self.loop = Loop()
@@ -521,7 +428,7 @@ class Faasd:
             raise StartError('another faasd runs on this host', 'end it first') from error
 
     def _vpn_manager(self):
-        names = (self.settings[name] for name in ('wg_interface', 'wg_port', 'nft_table'))
+        names = (self.settings[name] for name in ('wg_interface', 'wg_port'))
         return vpn_manager.VPNManager(
             self.emit, registry.GATEWAY, registry.ZONE_SERVER, self._endpoint(), *names
         )
@@ -1096,8 +1003,8 @@ class Faasd:
     def _watch(self):
         """Look after wg0, the table, the children and the enroll address, at once when the kernel tells of a change."""
         with (
-            netlink(socket.NETLINK_ROUTE, RTNLGRP_LINK, RTNLGRP_IPV6_IFADDR) as links,
-            netlink(NETLINK_NETFILTER, NFNLGRP_NFTABLES) as rules,
+            netlink.listen(socket.NETLINK_ROUTE, netlink.RTNLGRP_LINK, netlink.RTNLGRP_IPV6_IFADDR) as links,
+            netlink.listen(netlink.NETLINK_NETFILTER, netlink.NFNLGRP_NFTABLES) as rules,
         ):
             for ticks in itertools.count():
                 changed = select.select([links, rules, self._end], [], [], TICK_S)[0]
@@ -1144,13 +1051,13 @@ class Faasd:
             self.loop.call(its_pool.look, of_its, now)  # apart: one's fault is not to keep the others from theirs
 
     def _look_after_rules(self):
-        if self.vpn.rules_loaded():
+        if self.firewall.is_loaded():
             return
         self.server.permit(False)
         self._ails(
-            'rules', f'the nftables table inet {self.vpn.table} was taken away: nothing is handed out without it'
+            'rules', f'the nftables table inet {self.firewall.table} was taken away: nothing is handed out without it'
         )
-        self.vpn.load_rules()
+        self.firewall.load()
         self.server.permit(True)
 
     def _look_after_interface(self, closely):
@@ -1185,17 +1092,6 @@ class Faasd:
             self._run_coredns()
             return False
         return True
-
-
-RTNLGRP_LINK, RTNLGRP_IPV6_IFADDR = 1, 9  # linux/rtnetlink.h
-NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7  # linux/netlink.h, linux/netfilter/nfnetlink.h
-
-
-def netlink(family, *groups):
-    """A netlink socket that hears of changes in the groups."""
-    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, family)
-    sock.bind((0, sum(1 << group - 1 for group in groups)))
-    return sock
 
 
 def bound(host, port):
@@ -1640,14 +1536,6 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
 # The program
 
 
-def notify(state):
-    """Tell systemd (sd_notify(3)), if it asked to be told."""
-    address = os.environ.get('NOTIFY_SOCKET')
-    if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.sendto(state.encode(), '\0' + address[1:] if address.startswith('@') else address)
-
-
 def prepare_process():
     """What the process needs of the kernel: orphans of runc as its children, and many descriptors."""
     import ctypes
@@ -1713,21 +1601,11 @@ def run(arguments, ending, events):
     if arguments.prepare:
         return faasd.prepare()
     faasd.start()
-    notify('READY=1')
+    systemd.notify('READY=1')
     os.read(ending, 1)
     # systemd's own limit knows nothing of FAAS_STOP_TIMEOUT.
-    notify(f'STOPPING=1\nEXTEND_TIMEOUT_USEC={int((faasd.settings["stop_timeout"] + 60) * 1_000_000)}')
-    faasd.stop(handover=is_restart())
-
-
-def is_restart():
-    """True if it is systemd that ends this process, to start it again."""
-    if 'NOTIFY_SOCKET' not in os.environ:
-        return False
-    with open('/proc/self/cgroup') as file:  # of every unit it is the last part that ends so
-        units = set(re.findall(r'([^/\n]+\.service)', file.read()))
-    jobs = process.run(['systemctl', 'list-jobs', '--no-legend', '--plain'], ok=range(256)).stdout.splitlines()
-    return any(line.split()[1:3] == [unit, 'restart'] for line in jobs for unit in units)
+    systemd.notify(f'STOPPING=1\nEXTEND_TIMEOUT_USEC={int((faasd.settings["stop_timeout"] + 60) * 1_000_000)}')
+    faasd.stop(handover=systemd.is_restart())
 
 
 if __name__ == '__main__':

@@ -16,6 +16,8 @@ import threading
 import time
 from typing import NamedTuple
 
+from host.errors import FaasError
+
 GATEWAY = 'fd00:faa5:0:100::1'  # WireGuard, CoreDNS and the control API on wg0
 ZONE_SERVER = 'fd00:faa5:0:100::2'  # CoreDNS again, for faas alone: whoever asks for another name goes on to his next
 PEERS = 'fd00:faa5:0:100'
@@ -73,49 +75,53 @@ CREATE TABLE invites (
 """
 
 
-class RegistryError(Exception):
-    """The registry refused a change; the text says why, `hint` what to do."""
-
-    hint = None
-
-    def __init__(self, text, hint=None):
-        super().__init__(text)
-        self.hint = hint or self.hint
+class RegistryError(FaasError):
+    """The registry refused a change."""
 
 
 class BadName(RegistryError):
     """A name that is no DNS label, or a reserved one."""
 
+    status = 400
     hint = "use a-z, 0-9 and hyphens inside, at most 63 characters, for example 'hello' or 'api-2'"
 
 
 class NameTaken(RegistryError):
     """Another function or peer has the name."""
 
+    status = 409
+
 
 class KeyTaken(RegistryError):
     """Another peer has the public key."""
 
+    status = 409
     hint = 'make a new key pair: each peer needs its own'
 
 
 class AddressTaken(RegistryError):
     """Another peer has the address, or it is outside the peers' range."""
 
+    status = 409
+
 
 class RangeFull(RegistryError):
     """Every address of the range is in use."""
 
+    status = 507
     hint = 'remove a function or a peer that is no longer needed'
 
 
 class NotFound(RegistryError):
     """No function or peer has the name."""
 
+    status = 404
+
 
 class BadInvite(RegistryError):
     """The invite is unknown, expired or used: one error for all, so that nobody learns which."""
 
+    status = 403
     hint = "ask for a new one: 'sudo faas vpn invite' on the server prints it"
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""WireGuard on the server: keys, wg0.conf, peers/*.conf, `wg syncconf`, the addresses on wg0 and the nftables table."""
+"""WireGuard on the server: keys, wg0.conf, peers/*.conf, `wg syncconf` and the addresses on wg0."""
 
 import base64
 import binascii
@@ -12,12 +12,11 @@ import socket
 import time
 
 from host import files, process
+from host.errors import FaasError
 
 RANGE = 'fd00:faa5::/32'
 HANDSHAKE_FRESH_S = 180  # WireGuard's REJECT_AFTER_TIME: no session is older
 IPV6_FREEBIND = 78  # linux/in6.h
-MARK = 0xFAA5  # on every socket that is handed out; see RULES
-
 WG0_CONF = """\
 [Interface]
 Address = {gateway}/64
@@ -35,47 +34,16 @@ PublicKey = {public_key}
 {preshared}AllowedIPs = {ipv6}/128
 """
 
-# Who may talk to what. The mark rules belong to the hand-off: a function holds sockets of the host's network, and
-# AF_UNSPEC plus connect() or bind() plus listen() would otherwise make them a way into it. They look at SYNs only, so
-# running answers survive a reload of the table. Protocols are numbers (ICMPv6, TCP, UDP): a small server may lack
-# /etc/protocols.
-RULES = """\
-table inet {table}
-delete table inet {table}
-table inet {table} {{
-  chain input {{ type filter hook input priority filter; policy accept;
-    ip6 daddr fd00:faa5::/32 iifname != {{ "{interface}", "lo" }} counter drop
-    socket mark {mark:#x} tcp flags & (syn | ack) == syn ip6 daddr fd00:faa5:1::/48 tcp dport 80 accept
-    socket mark {mark:#x} tcp flags & (syn | ack) == syn counter drop
-    iifname != "{interface}" return
-    ct state established,related accept
-    meta l4proto 58 accept
-    ip6 daddr fd00:faa5:1::/48 tcp dport 80 accept
-    ip6 daddr {{ {gateway}, {zone_server} }} meta l4proto {{ 6, 17 }} th dport 53 accept
-    ip6 daddr {gateway} tcp dport 8080 accept
-    counter reject
-  }}
-  chain output {{ type filter hook output priority filter; policy accept;
-    meta mark {mark:#x} tcp flags & (syn | ack) == syn counter drop
-  }}
-  chain forward {{ type filter hook forward priority filter; policy accept;
-    iifname "{interface}" counter drop
-    oifname "{interface}" counter drop
-  }}
-}}
-"""
+class VPNError(FaasError):
+    """WireGuard on this host is not as it must be."""
 
-
-class VPNError(Exception):
-    """WireGuard on this host is not as it must be; `hint` says what to do."""
-
-    def __init__(self, text, hint=None):
-        super().__init__(text)
-        self.hint = hint
+    status = 503
 
 
 class BadKey(VPNError):
     """Text that is no WireGuard key."""
+
+    status = 400
 
 
 class BadPeerFile(VPNError):
@@ -159,15 +127,13 @@ class VPNManager:
         endpoint,
         interface='wg0',
         port=51820,
-        table='faas',
         directory='/etc/wireguard',
     ):
         self.gateway, self.zone_server, self.endpoint = gateway, zone_server, endpoint
-        self.interface, self.port, self.table = interface, port, table
+        self.interface, self.port = interface, port
         self.peers_dir = os.path.join(directory, 'peers')
         self._directory, self._emit = directory, emit
         self._complained = {}  # peer file → what was said of it, so that it is said once
-        self._loaded = None  # the table as it was when it was loaded
 
     # Keys and files
 
@@ -442,42 +408,6 @@ class VPNManager:
             process.run(['ip', '-6', '-batch', '-'], input=''.join(lines), timeout_s=120)
         for address in sorted(address for address in missing if address in functions):
             self._emit('listener', f'Configured {wanted[address]}/128 on {self.interface} interface')
-
-    # The table
-
-    def load_rules(self):
-        """Put the nftables table in place; raises VPNError: without it no socket may be handed out."""
-        rules = RULES.format(
-            table=self.table,
-            interface=self.interface,
-            gateway=self.gateway,
-            zone_server=self.zone_server,
-            mark=MARK,
-        )
-        try:
-            process.run(['nft', '-f', '-'], input=rules)
-        except process.CommandError as error:
-            why = re.search(r'Error: (.*)', error.stderr)  # below it nft points to the place
-            raise VPNError(
-                f'the nftables table inet {self.table} cannot be loaded: {why[1] if why else error.reason}',
-                'a passed socket opens the host without it; install nftables (make deps), and a kernel with nft_socket',
-            ) from error
-        self._loaded = self._listing()
-
-    def rules_loaded(self):
-        """True if the table is as load_rules left it: no flush, no rule less, none in the place of another."""
-        return self._loaded is not None and self._listing() == self._loaded
-
-    def _listing(self):
-        """The table as nft sees it, less what changes by itself; None without it."""
-        try:
-            text = process.run(['nft', '--json', 'list', 'table', 'inet', self.table]).stdout
-        except process.CommandError:
-            return None
-        return re.sub(r'"(handle|packets|bytes)": \d+', '', text)
-
-    def remove_rules(self):
-        process.run(['nft', '-f', '-'], input=f'table inet {self.table}\ndelete table inet {self.table}\n')
 
 
 def _read(path):

@@ -11,14 +11,18 @@ import socket
 import subprocess
 import time
 
+from host.errors import FaasError
+
 PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 PIDFD_GETFD = 438
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-class CommandError(Exception):
+class CommandError(FaasError):
     """A command failed: argv, exit_code (None: it never ran or was too slow), stdout, stderr, reason (one line)."""
+
+    status = 503
 
     def __init__(self, argv, reason, exit_code=None, stdout='', stderr=''):
         self.argv, self.reason, self.exit_code, self.stdout, self.stderr = argv, reason, exit_code, stdout, stderr

@@ -13,10 +13,14 @@ import unittest
 
 import registry
 import vpn_manager
+from host import firewall
 from tests import inside, lab, serving
 
 ADDRESS = 'fd00:faa5:1:0::a'
 CLONE_NEWNET = 0x40000000
+
+
+TABLE = firewall.Firewall('faas', 'wg0', registry.GATEWAY, registry.ZONE_SERVER)
 
 
 def prepare():
@@ -33,7 +37,7 @@ def listening():
     listener = socket.socket(socket.AF_INET6)
     listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, vpn_manager.MARK)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, firewall.MARK)
     listener.bind((ADDRESS, 80, 0, 0))
     listener.listen()
     return listener
@@ -190,10 +194,10 @@ class PassedSocket(unittest.TestCase):
 
     def test_it_does_not_reach_the_hosts_own_services(self):
         def attack():
-            self.kept = manager = prepare()
+            self.kept = prepare()
             told = []
             with database():
-                for load in (None, manager.load_rules, manager.remove_rules):
+                for load in (None, TABLE.load, TABLE.remove):
                     if load:
                         load()
                     with Stranger(reach_the_host) as stranger:
@@ -206,10 +210,10 @@ class PassedSocket(unittest.TestCase):
 
     def test_a_listener_does_not_either_and_stays_where_it_is_bound(self):
         def attack():
-            self.kept = manager = prepare()
+            self.kept = prepare()
             told = []
             with database():
-                for load in (None, manager.load_rules):
+                for load in (None, TABLE.load):
                     if load:
                         load()
                     with Stranger(reach_the_host_by_a_listener) as stranger:
@@ -227,11 +231,8 @@ class PassedSocket(unittest.TestCase):
         for rules in (False, True):
 
             def attack(rules=rules):
-                self.kept = manager = vpn_manager.VPNManager(
-                    lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x'
-                )
                 if rules:
-                    manager.load_rules()
+                    TABLE.load()
                 else:
                     self.kept = prepare()
                 self.stranger = Stranger(open_a_port)  # it stays when this process ends
@@ -272,7 +273,7 @@ class PassedSocket(unittest.TestCase):
 
         refused, mark = inside.call(self.server, attack)
         self.assertTrue(refused.startswith('PermissionError'), refused)
-        self.assertEqual(f'{vpn_manager.MARK:#x}', mark)
+        self.assertEqual(f'{firewall.MARK:#x}', mark)
 
 
 ATTACKER = """
@@ -389,7 +390,7 @@ class Firewall(unittest.TestCase):
                 return manager.get_server_public_key()
 
             def load():
-                vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x').load_rules()
+                TABLE.load()
 
             key = inside.call(server, begin)
             inside.tunnel(laptop, private, key, peer.ipv6)

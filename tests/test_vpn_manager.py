@@ -3,7 +3,6 @@
 import base64
 import os
 import pathlib
-import re
 import stat
 import subprocess
 import tempfile
@@ -412,91 +411,6 @@ class Live(inside.InHost):
         for address in addresses:
             with vpn_manager.socket.socket(vpn_manager.socket.AF_INET6) as sock:
                 sock.bind((address, 80, 0, 0))
-
-    @inside.inside
-    def test_the_table_is_there_and_every_way_to_lose_it_is_noticed(self):
-        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x')
-        self.assertFalse(manager.rules_loaded())
-        manager.load_rules()
-        self.assertTrue(manager.rules_loaded())
-        manager.load_rules()
-        self.assertTrue(manager.rules_loaded())
-        listing = self.nft('-a', 'list', 'table', 'inet', 'faas')
-        handles = re.findall(r'(drop|reject|accept|return) # handle (\d+)', listing)
-        self.assertEqual(13, len(handles))
-        chains = re.findall(r'chain (\w+) \{ # handle', listing)
-        self.assertEqual(['input', 'output', 'forward'], chains)
-        for command in (
-            ['flush', 'ruleset'],
-            ['flush', 'table', 'inet', 'faas'],
-            ['delete', 'table', 'inet', 'faas'],
-            *(['flush', 'chain', 'inet', 'faas', chain] for chain in chains),
-        ):
-            self.nft(*command)
-            self.assertFalse(manager.rules_loaded(), command)
-            manager.load_rules()
-            self.assertTrue(manager.rules_loaded(), command)
-        for index in range(len(handles)):
-            text = self.nft('-a', 'list', 'table', 'inet', 'faas')
-            chain = None
-            rules = []
-            for line in text.splitlines():
-                chain = (re.match(r'\s*chain (\w+)', line) or [None, chain])[1]
-                if found := re.search(r'(?:drop|reject|accept|return) # handle (\d+)', line):
-                    rules.append((chain, found[1]))
-            self.nft('delete', 'rule', 'inet', 'faas', rules[index][0], 'handle', rules[index][1])
-            self.assertFalse(manager.rules_loaded(), rules[index])
-            manager.load_rules()
-        manager.remove_rules()
-        self.assertFalse(manager.rules_loaded())
-        manager.remove_rules()
-        self.assertEqual('', self.nft('list', 'ruleset'))
-
-    @inside.inside
-    def test_a_rule_that_was_put_in_the_place_of_another_is_noticed(self):
-        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x')
-        manager.load_rules()
-        self.stack.callback(manager.remove_rules)
-        text = self.nft('-a', 'list', 'chain', 'inet', 'faas', 'output')
-        handle = re.search(r'drop # handle (\d+)', text)[1]
-        self.nft('replace', 'rule', 'inet', 'faas', 'output', 'handle', handle, 'counter', 'accept')
-        self.assertFalse(manager.rules_loaded())
-
-    @inside.inside
-    def test_other_tables_are_left_alone(self):
-        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x')
-        self.nft('add', 'table', 'inet', 'mine')
-        manager.load_rules()
-        manager.remove_rules()
-        self.assertEqual('table inet mine\n', self.nft('list', 'tables'))
-        self.nft('delete', 'table', 'inet', 'mine')
-
-    @staticmethod
-    def nft(*arguments):
-        return process.run(['nft', *arguments]).stdout
-
-    @inside.inside
-    def test_the_table_needs_no_names_of_protocols_and_what_nft_says_is_told(self):
-        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x')
-        for name in ('protocols', 'services'):
-            if os.path.exists(f'/etc/{name}'):
-                os.rename(f'/etc/{name}', f'/etc/{name}.away')
-                self.stack.callback(os.rename, f'/etc/{name}.away', f'/etc/{name}')
-        manager.load_rules()
-        self.assertTrue(manager.rules_loaded())
-        manager.remove_rules()
-        wrong = mock.patch.object(vpn_manager, 'RULES', 'table inet x {{ chain y {{ meta nonsense }} }}')
-        with wrong, self.assertRaisesRegex(vpn_manager.VPNError, r'cannot be loaded: syntax error'):
-            manager.load_rules()
-
-    @inside.inside
-    def test_without_nft_there_is_an_error_with_a_hint(self):
-        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x')
-        os.environ['PATH'] = '/nowhere'
-        self.assertFalse(manager.rules_loaded())
-        with self.assertRaisesRegex(vpn_manager.VPNError, 'cannot be loaded') as caught:
-            manager.load_rules()
-        self.assertIn('install nftables', caught.exception.hint)
 
 
 @lab.needs_root

@@ -15,11 +15,12 @@ from typing import NamedTuple
 from handlers.containers import bundle, protocol, rootfs
 from handlers.containers.bundle import ID_RANGE
 from host import process, sock_diag
+from host.errors import EXPECTED, FaasError
 
 ID_SLOTS = 4096
 
 
-class ContainerError(Exception):
+class ContainerError(FaasError):
     """The OCI runtime could not start a container."""
 
 
@@ -177,7 +178,7 @@ class Containers:
         except BaseException as error:
             with self._lock:
                 self._slots.discard(slot)
-            if isinstance(error, (OSError, process.CommandError, rootfs.Unfit)):
+            if isinstance(error, EXPECTED):
                 raise ContainerError(str(error)) from error
             raise
 

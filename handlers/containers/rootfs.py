@@ -11,6 +11,8 @@ import stat
 import struct
 import threading
 
+from host.errors import FaasError
+
 # Numbers of the system calls, the same on every architecture since Linux 5.1, and of linux/mount.h.
 OPEN_TREE, MOVE_MOUNT, OPENAT2, MOUNT_SETATTR = 428, 429, 437, 442
 AT_FDCWD, AT_EMPTY_PATH = -100, 0x1000
@@ -26,8 +28,8 @@ MOST_ACCOUNTS = 1 << 20  # bytes of an image's /etc/passwd or /etc/group
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Unfit(Exception):
-    """The image cannot be run as it is, or not here; one line."""
+class Unfit(FaasError):
+    """The image cannot be run as it is, or not here."""
 
 
 def _checked(result, what):

@@ -15,6 +15,8 @@ import threading
 import zlib
 from typing import NamedTuple
 
+from host.errors import FaasError
+
 CHUNK = 1 << 20
 MOST_JSON = 4 << 20
 MOST_HEADER = 1 << 20  # of pax records and of GNU's long names
@@ -28,12 +30,10 @@ CPUS = {'x86_64': 'amd64', 'aarch64': 'arm64', 'armv7l': 'arm', 'armv6l': 'arm',
 CPU = CPUS.get(platform.machine(), platform.machine())
 
 
-class ImageError(Exception):
-    """The archive cannot become a function; one line, and `hint` says what to do."""
+class ImageError(FaasError):
+    """The archive cannot become a function."""
 
-    def __init__(self, text, hint=None):
-        super().__init__(text)
-        self.hint = hint
+    status = 400
 
 
 def show(name):

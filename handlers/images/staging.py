@@ -26,6 +26,8 @@ WORKER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'unpack.py')
 class DiskFull(ImageError):
     """No space left while a revision was staged."""
 
+    status = 507
+
     def __init__(self):
         super().__init__('no space left on the disk', 'free some space under /var/lib/faasd and deploy again')
 

@@ -13,17 +13,20 @@ from typing import NamedTuple
 from handlers.containers import protocol
 from handlers.containers.containers import ContainerError
 from handlers.containers.logs import LogPipe
+from host.errors import FaasError
 
 MOST_CONNECTIONS = 1024  # handed to one instance at a time; more wait in the listener's backlog
 MOST_MESSAGES = 256  # of one instance before the others have their turn
 
 
-class StartFailed(Exception):
+class StartFailed(FaasError):
     """No instance came up; the text is the reason, `log` the instance's own last lines."""
 
+    status = 422
+
     def __init__(self, reason, log=(), hint=None):
-        super().__init__(reason)
-        self.log, self.hint = list(log), hint
+        super().__init__(reason, hint)
+        self.log = list(log)
 
 
 class Surroundings(NamedTuple):

@@ -1,0 +1,16 @@
+"""The base of every error that a person is told."""
+
+
+class FaasError(Exception):
+    """What went wrong, as one line; `hint` says what to do, `status` is the HTTP status of the answer."""
+
+    status = 500
+    hint: str | None = None
+
+    def __init__(self, text: str, hint: str | None = None) -> None:
+        super().__init__(text)
+        self.hint = hint or self.hint
+
+
+# What can fail because of the machine or of a person, and not because of a fault in the code.
+EXPECTED = (FaasError, OSError)
