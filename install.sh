@@ -93,7 +93,7 @@ read_given() {
     # Those of the client are no server's; FAAS_INVITE holds a secret.
     given=$(env | grep -E '^FAAS_[A-Z_]+=' | grep -vE '^FAAS_(INVITE|SERVER|SOCKET)=' || true)
     for name in $(printf '%s' "$given" | cut -d = -f 1); do
-        grep -q "^    '$name': " faasd.py || die "there is no setting $name (docs/API.md lists them)"
+        grep -q "^    '$name': " control/settings.py || die "there is no setting $name (docs/API.md lists them)"
         [ ! -e "$destdir$env_file" ] || unset "$name"
     done
 }

@@ -176,31 +176,6 @@ class Invite(NamedTuple):
         ).hexdigest()
 
 
-class Projection:
-    """Carries what the registry says to one place outside it.
-
-    Calls that arrive while one run is under way share the next.
-    """
-
-    def __init__(self, apply):
-        self._apply = apply
-        self._turn, self._count = threading.Lock(), threading.Lock()
-        self._wanted = self._done = 0  # generations
-        self.stale = False  # the last run failed
-
-    def sync(self):
-        """Return when a run that began after this call has ended; raise what that run raised."""
-        with self._count:
-            self._wanted += 1
-            mine = self._wanted
-        with self._turn:
-            if self._done >= mine:
-                return
-            generation, self.stale = self._wanted, True
-            self._apply()
-            self._done, self.stale = generation, False
-
-
 def _base64url(data):
     return base64.urlsafe_b64encode(data).decode().rstrip('=')
 

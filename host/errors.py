@@ -14,3 +14,7 @@ class FaasError(Exception):
 
 # What can fail because of the machine or of a person, and not because of a fault in the code.
 EXPECTED = (FaasError, OSError)
+
+
+class StartError(FaasError):
+    """faasd cannot start."""

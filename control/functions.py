@@ -1,0 +1,369 @@
+"""What people ask for about functions: deploy, remove, list, logs. It knows no HTTP."""
+
+import collections
+import concurrent.futures
+import contextlib
+import ipaddress
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import registry
+from control.events import Emit, attempt, date
+from control.projection import Projection
+from control.revisions import Revisions
+from dns_manager import DNSZoneManager
+from handlers.containers.containers import Container
+from handlers.serving.instance import Revision, Surroundings
+from handlers.serving.pool import Pool
+from handlers.serving.server import FaaSServer
+from host import sock_diag
+from host.errors import EXPECTED, FaasError
+
+NETWORK = 'fd00:faa5:1::/48'
+FAILED_DEPLOY_STOP_S = 5  # how long what was opened for a deploy may take to end
+CHANGES_END_S = 60  # how long the end of faasd waits for deploys and removals
+CLOSE_EXTRA_S = 30  # beyond FAAS_STOP_TIMEOUT, until what does not end is left
+
+
+class Ending(FaasError):
+    """faasd is ending and takes no change."""
+
+    status = 503
+
+    def __init__(self) -> None:
+        super().__init__('faasd is ending', 'try again when it runs again')
+
+
+class TooLarge(FaasError):
+    """An upload is longer than FAAS_MAX_UPLOAD."""
+
+    status = 413
+
+    def __init__(self, what: str, most: int) -> None:
+        super().__init__(
+            f'{what} more than FAAS_MAX_UPLOAD, {most}',
+            'leave out what the function does not need, or raise the setting',
+        )
+
+
+class NoListener(FaasError):
+    """A function cannot be reached at the moment."""
+
+    status = 503
+
+
+class Changes:
+    """Counts what the end of faasd has to wait for."""
+
+    def __init__(self) -> None:
+        self._count, self._changed, self._ended = 0, threading.Condition(), False
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """Raises Ending after end() was called."""
+        with self._changed:
+            if self._ended:
+                raise Ending
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._count -= 1
+                self._changed.notify_all()
+
+    def refuse(self) -> None:
+        """Let no new change begin."""
+        with self._changed:
+            self._ended = True
+
+    def wait(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._count, timeout=CHANGES_END_S)
+
+
+class Functions:
+    """The functions of the registry, and what serves them. `addresses` and `zone` project their rows."""
+
+    def __init__(
+        self,
+        known: registry.Registry,
+        revisions: Revisions,
+        server: FaaSServer,
+        around: Surroundings,
+        dns: DNSZoneManager,
+        addresses: Projection,
+        zone: Projection,
+        max_upload: int,
+        emit: Emit,
+    ) -> None:
+        self._registry, self._revisions, self._server, self._around = known, revisions, server, around
+        self._dns, self._addresses, self._zone = dns, addresses, zone
+        self._max_upload, self._emit = max_upload, emit
+        self.changes = Changes()
+        self._opening = threading.RLock()  # held while listeners are opened and taken away
+        self._open_now: dict[int, tuple[registry.Function, Pool]] = {}
+        self._pools: dict[int, tuple[registry.Function, Pool]] = {}  # the same, and those that are about to end
+        self._unopened: dict[int, tuple[registry.Function, Revision | None, str]] = {}  # and why
+        self._handover = False
+        self.left_behind = False  # an instance lives on that the next faasd adopts
+
+    # Start and end
+
+    def open_all(self, left: Iterable[tuple[dict, Container]] = ()) -> None:
+        """Open every function; what one that is no more has `left` serves on, or is ended."""
+        adoptable = self._adoptable(left)
+        for function in self._registry.functions():
+            revision = None
+            try:
+                revision = self._revisions.load(function, function.revision)
+            except (OSError, ValueError) as error:  # the others are not to blame
+                text = f'{function.name}: {error}: deploy it again'
+                self._emit('handler', text, name=function.name, problem=True)
+            try:
+                self._open(function, revision, *(adoptable.get(function.name, ()) if revision else ()))
+            except OSError as error:
+                self._emit('listener', f'{function.name}: {error}', name=function.name, problem=True)
+                self._unopened[function.id] = function, revision, str(error)
+
+    def _adoptable(self, left: Iterable[tuple[dict, Container]]) -> dict[str, tuple[Container, socket.socket]]:
+        """{function: (Container, its listener)} of what a faasd that is no more has left; the rest is ended."""
+        containers, found = self._around.containers, {}
+        for record, container in sorted(left, key=lambda each: -each[0]['start_time']):
+            sock = None if record['function'] in found else containers.listener_of(record, container)
+            if sock:
+                found[record['function']] = container, sock
+            else:
+                container.kill()
+                containers.remove(container)
+        return found
+
+    def _open(
+        self,
+        function: registry.Function,
+        revision: Revision | None = None,
+        left: Container | None = None,
+        sock: socket.socket | None = None,
+    ) -> Pool:
+        """A pool and a listener for the function, which may have a Container `left` that serves `sock`.
+
+        Without `revision` it serves nothing until one is switched to. Raises OSError.
+        """
+        with self._opening:
+            pool = Pool(function.name, self._revisions.log(function), self._around)
+            pool.revision = revision
+            try:
+                self._server.add_listener(function.ipv6, function.name, pool, sock)
+            except OSError:
+                if left:
+                    left.kill()
+                    self._around.containers.remove(left)
+                raise
+            self._open_now[function.id] = self._pools[function.id] = function, pool
+            if left:
+                self._around.loop.wait(pool.adopt, left, sock)
+            return pool
+
+    def open_others(self) -> None:
+        """Open the functions that could not be opened at the start. Raises NoListener when one still cannot.
+
+        A function may have made the options of its connections such that nobody can listen beside them, and the kernel
+        keeps them for a minute.
+        """
+        failed = []
+        for ident in list(self._unopened):
+            with self._opening:
+                function, revision, _ = self._unopened.get(ident, (None, None, None))
+                if function is None:  # it was removed meanwhile
+                    continue
+                try:
+                    self._open(function, revision)
+                    del self._unopened[ident]
+                except OSError as error:
+                    self._unopened[ident] = function, revision, str(error)
+                    failed.append(f'{function.name}: {error}')
+        if failed:
+            raise NoListener('; '.join(failed))
+
+    def _shut(self, function: registry.Function, within_s: float) -> concurrent.futures.Future:
+        """Undo _open; what runs may finish within within_s seconds, or goes on at a handover."""
+        with self._opening:
+            self._unopened.pop(function.id, None)
+            _, pool = self._open_now.pop(function.id, (None, None))
+        if pool and self._handover:
+            self._around.loop.wait(self._hand_over, function, pool)
+        serves_itself = pool and pool.serves_itself()
+        if not serves_itself:
+            self._server.remove_listener(function.ipv6)
+        if pool:
+            end = pool.close(within_s)
+            end.add_done_callback(lambda _: self._ended(function, serves_itself))  # in the loop's thread
+            return end
+        done = concurrent.futures.Future()  # somebody else did it
+        done.set_result(None)
+        return done
+
+    def _ended(self, function: registry.Function, remove_listener: bool) -> None:
+        self._pools.pop(function.id, None)
+        if remove_listener:
+            self._server.remove(function.ipv6)
+
+    def _hand_over(self, function: registry.Function, pool: Pool) -> None:
+        if pool.leave():
+            self.left_behind = True
+            self._server.leave(function.ipv6)
+
+    def close(self, handover: bool) -> None:
+        """Serve nothing any more; with `handover` what listens by itself goes on for the next faasd to adopt."""
+        self._handover = handover
+        self.changes.refuse()
+        self._close_open()
+        self.changes.wait()
+        self._close_open()  # what a change under way has opened meanwhile
+
+    def _close_open(self) -> None:
+        stop_s = self._around.stop_timeout_s
+        ends = [self._shut(function, stop_s) for function, _ in list(self._open_now.values())]
+        deadline = time.monotonic() + stop_s + CLOSE_EXTRA_S
+        while concurrent.futures.wait(ends, timeout=0.2).not_done and time.monotonic() < deadline:
+            attempt(self._emit, self.count_connections)  # the monitor, which does so otherwise, has ended
+
+    def count_connections(self) -> None:
+        """Tell every pool what the kernel says of its address. Raises OSError."""
+        now, counts = time.monotonic(), collections.defaultdict(dict)
+        for (address, uid), count in sock_diag.open_connections(NETWORK, 80).items():
+            counts[socket.inet_ntop(socket.AF_INET6, address)][uid] = count
+        self._around.loop.call(self._spread, counts, now)
+
+    def _spread(self, counts: dict[str, dict[int, int]], now: float) -> None:
+        for function, pool in list(self._pools.values()):
+            count_by_uid = counts.get(str(ipaddress.ip_address(function.ipv6)), {})
+            self._around.loop.call(pool.look, count_by_uid, now)  # apart: a fault in one pool must not stop the others
+
+    # Verbs
+
+    def deploy(
+        self,
+        name: str,
+        read: Callable[[int], bytes],
+        length: int | None,
+        *,
+        reference: str | None = None,
+        source: str | None = None,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> dict:
+        """Deploy the archive that read(n) gives as `name`: `length` bytes, or to its end when that is None.
+
+        `reference` says which of several images, `source` what the archive was made from. What served before serves
+        until the new revision is ready. When nobody waits for the answer any more, which is_wanted() knows, all is
+        undone.
+        """
+        registry.check_name(name, registry.RESERVED)
+        if length is not None and length > self._max_upload:
+            raise TooLarge(f'{length} bytes are', self._max_upload)
+        with self.changes.one(), contextlib.ExitStack() as undo:
+            undo.push(lambda error, *_: self._revisions.collect_layers() if error else None)
+            staging = undo.enter_context(self._revisions.staging(reference))
+            staging.receive(read if length is not None else self._bounded(read), length)
+            steps = undo.enter_context(contextlib.ExitStack())
+            steps.callback(attempt, self._emit, self._addresses.sync)
+            function, number = self._registry.begin_revision(name)
+            steps.callback(self._registry.abandon_revision, function, number)
+            folder = self._revisions.folder(function, number)
+            if function.revision is None:
+                steps.callback(shutil.rmtree, self._revisions.folder(function), ignore_errors=True)
+            staging.keep(folder)
+            steps.callback(shutil.rmtree, folder, ignore_errors=True)
+            pool = self._pool_for(function, steps)
+            instance = pool.start(self._revisions.load(function, number), is_wanted)
+            steps.callback(pool.discard, instance)
+            if not is_wanted():
+                raise ConnectionAbortedError
+            self._registry.commit_revision(function, number)
+            steps.pop_all()
+        pool.switch(instance)
+        self._emit('handler', f'Deployed {name} at {function.ipv6}, revision {number} ({instance.kind})', name=name)
+        return {
+            'name': name,
+            'ipv6': function.ipv6,
+            'dns': f'{name}.faas',
+            'revision': number,
+            'warning': self._publish(function) or instance.warning,
+            'hint': instance.hint,
+        }
+
+    def _bounded(self, read: Callable[[int], bytes]) -> Callable[[int], bytes]:
+        """A read() for an archive of which nobody has said how long it is."""
+        left = self._max_upload
+
+        def bounded(count: int) -> bytes:
+            nonlocal left
+            data = read(count)
+            left -= len(data)
+            if left < 0:
+                raise TooLarge('the archive is', self._max_upload)
+            return data
+
+        return bounded
+
+    def _pool_for(self, function: registry.Function, steps: contextlib.ExitStack) -> Pool:
+        """The pool that a revision is started in; a new function gets one. Raises NoListener."""
+        if function.revision is None:
+            self._addresses.sync()
+            pool = self._open(function)
+            steps.callback(lambda: self._shut(function, FAILED_DEPLOY_STOP_S).result())
+            return pool
+        _, pool = self._open_now.get(function.id, (None, None))
+        if pool is None:
+            raise NoListener(f'{function.name} has no listener at the moment', 'try again in a minute')
+        return pool
+
+    def _publish(self, function: registry.Function) -> str | None:
+        """Project the zone and wait until CoreDNS answers the name; a warning if that is not so."""
+        try:
+            self._zone.sync()
+        except EXPECTED as error:
+            self._emit('dns', f'The zone cannot be written: {error}', problem=True)
+            return 'deployed, not yet in DNS'
+        return None if self._dns.wait_served(function.name, function.ipv6) else 'deployed, not yet in DNS'
+
+    def remove(self, name: str) -> None:
+        with self.changes.one():
+            function = self._registry.remove_function(name)
+            attempt(self._emit, self._zone.sync)
+            self._shut(function, self._around.stop_timeout_s).result()
+            attempt(self._emit, self._addresses.sync)
+            self._revisions.forget(self._revisions.folder(function))
+        self._emit('listener', f'Removed {name} from {function.ipv6}', name=name)
+
+    def ipv6(self, name: str) -> str:
+        return self._registry.function(name).ipv6
+
+    def list(self) -> list[dict]:
+        answer = []
+        for function in self._registry.functions():
+            _, pool = self._open_now.get(function.id, (None, None))
+            if pool:
+                status, reason = pool.status()
+            elif function.id in self._unopened:
+                status, reason = 'unreachable', f'it has no listener: {self._unopened[function.id][2]}'
+            else:  # it is being removed
+                continue
+            answer.append(
+                {
+                    'name': function.name,
+                    'ipv6': function.ipv6,
+                    'dns': f'{function.name}.faas',
+                    'status': status,
+                    'reason': reason,
+                    'revision': function.revision,
+                    'created': date(function.created),
+                }
+            )
+        return answer
+
+    def logs(self, name: str, lines: int) -> bytes:
+        return self._revisions.log(self._registry.function(name)).last(lines)

@@ -1,0 +1,139 @@
+"""What people ask for about WireGuard peers: create, redeem, remove, list, invite. It knows no HTTP."""
+
+import hmac
+import secrets
+from collections.abc import Callable
+from typing import NamedTuple
+
+import registry
+import vpn_manager
+from control.enroll import EnrollPort
+from control.events import Emit, date, timestamp
+from control.projection import Projection
+from host.errors import EXPECTED, FaasError, StartError
+
+
+class AfterAnswer(NamedTuple):
+    """A verb is decided, and the rest of it must wait until its answer has arrived: `act()` then, in any case."""
+
+    act: Callable[[], None]
+
+
+class Peers:
+    """The peers of the registry, and what follows them: wg0 and peers/."""
+
+    def __init__(
+        self,
+        known: registry.Registry,
+        vpn: vpn_manager.VPNManager,
+        enroll: EnrollPort,
+        emit: Emit,
+        enrolls_openly: bool,
+    ) -> None:
+        self._registry, self._vpn, self._enroll, self._emit = known, vpn, enroll, emit
+        self.enrolls_openly = enrolls_openly
+        self.projection = Projection(self._project)
+
+    # Keeping wg0 and peers/ as the registry says
+
+    def _project(self) -> None:
+        removed = [name for name, _ in self._registry.removed_peers()]
+        self._vpn.project(self._registry.peers(), removed)
+        for name in removed:
+            self._registry.end_peer_removal(name)
+            self._emit('vpn', f'Removed peer: {name}', name=name)
+        if self.adopt():
+            self._vpn.project(self._registry.peers())
+
+    def adopt(self) -> int:
+        """Take in the files that a person put into peers/; how many."""
+        removed = {name for name, _ in self._registry.removed_peers()}
+        known, adopted = {peer.name for peer in self._registry.peers()}, 0
+        for name, text in self._vpn.peer_files().items():
+            if name not in known and name not in removed:
+                try:
+                    key, preshared, ipv6 = vpn_manager.parse_peer(text)
+                    self._registry.add_peer(name, key, ipv6=ipv6, preshared_key=preshared)
+                    self._emit('vpn', f'Adopted peer: {name} → {ipv6}', name=name)
+                    adopted += 1
+                except FaasError as error:
+                    self._vpn.complain(name, str(error))
+        return adopted
+
+    def refuse_strangers(self) -> None:
+        """Raise StartError if the first projection would cut off a peer that somebody else gave to wg0."""
+        removed = {key for _, key in self._registry.removed_peers()}
+        known = {peer.public_key for peer in self._registry.peers()}
+        strangers = self._vpn.public_keys() - known - removed
+        if strangers:
+            interface = self._vpn.interface
+            raise StartError(
+                f'{interface} has a peer that faasd does not know: {sorted(strangers)[0]}',
+                f'give it a file in {self._vpn.peers_dir}, or remove it: wg set {interface} peer KEY remove',
+            )
+
+    def _welcome(self, peer: registry.Peer) -> dict[str, str]:
+        """The answer to a new peer. Should wg0 be away, the peer is kept all the same and follows when it returns."""
+        try:
+            self.projection.sync()
+        except EXPECTED as error:
+            text = f'{peer.name} is registered and not yet on {self._vpn.interface}: {error}'
+            self._emit('vpn', text, name=peer.name, problem=True)
+        return self._vpn.create_client_config(peer.ipv6)
+
+    # Verbs
+
+    def create(self, name: str, public_key: str) -> tuple[dict[str, str], str]:
+        """A peer for somebody who may make one: (the three fields of the document, the name of the peer)."""
+        peer = self._registry.add_peer(name, vpn_manager.check_key(public_key))
+        self._emit('vpn', f'Created peer: {name} → {peer.ipv6}', name=name)
+        return self._welcome(peer), peer.name
+
+    def proved_invite(self, invite_id: str, proof: str, nonce: str, body: bytes) -> registry.Invite:
+        """The invite of a request whose HMAC is `proof`. Raises BadInvite."""
+        invite = self._registry.invite(invite_id)
+        # An unknown invite costs as much time as a known one with a wrong proof.
+        checked = (invite or registry.Invite('', secrets.token_bytes(32), None, '', 0)).proof(
+            'faas1 request', invite_id, nonce, body
+        )
+        if not hmac.compare_digest(checked.encode(), proof.encode()) or not invite:
+            raise registry.BadInvite
+        return invite
+
+    def redeem(self, invite: registry.Invite, name: str, public_key: str) -> tuple[dict[str, str], str]:
+        """The peer of an invite: (the three fields of the document, the name of the peer)."""
+        peer = self._registry.redeem(invite.id, name, vpn_manager.check_key(public_key))
+        self._emit('vpn', f'Created peer: {peer.name} → {peer.ipv6} (invite {invite.id})', name=peer.name)
+        return self._welcome(peer), peer.name
+
+    def remove(self, name: str, caller_name: str | None = None) -> AfterAnswer | None:
+        """Lock a peer out. A peer that removes itself loses its tunnel, so that its answer must come first."""
+        self._registry.begin_peer_removal(name)
+        if name == caller_name:
+            return AfterAnswer(self.projection.sync)
+        self.projection.sync()
+        return None
+
+    def list(self) -> list[dict[str, str]]:
+        active = self._vpn.active()
+        return [
+            {
+                'name': peer.name,
+                'ipv6': peer.ipv6,
+                'created': date(peer.created),
+                'status': 'active' if peer.public_key in active else 'inactive',
+            }
+            for peer in self._registry.peers()
+        ]
+
+    def invite(self, name: str | None, lifetime_s: int, admin: bool) -> dict[str, str | None]:
+        with self._enroll.opened():
+            invite = self._registry.add_invite(name, 'admin' if admin else 'peer', lifetime_s)
+        self._emit('vpn', f'Invited {name or "a peer"} ({invite.id}){" as admin" if admin else ""}')
+        host, _ = vpn_manager.split_endpoint(self._vpn.endpoint, self._vpn.port)
+        api = vpn_manager.join_endpoint(host, self._enroll.port)
+        return {
+            'token': invite.token(api, self._vpn.endpoint, self._vpn.get_server_public_key()),
+            'name': name,
+            'expires': timestamp(invite.expires),
+        }

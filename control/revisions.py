@@ -1,0 +1,74 @@
+"""The revisions on disk: `functions/ID/REVISION/`, and the layers that they share."""
+
+import pathlib
+import shutil
+from collections.abc import Iterable
+
+import registry
+from control.events import Emit, attempt
+from handlers.containers.logs import Log
+from handlers.images.layers import Layers
+from handlers.images.spec import read_spec, tree
+from handlers.images.staging import Staging
+from handlers.serving.instance import Revision
+
+
+class Revisions:
+    """What is stored below `state`. Files of layers belong to the ids from `layers.id_base` on."""
+
+    def __init__(self, state: str, layers: Layers, layers_base: int, max_unpacked: int, emit: Emit) -> None:
+        self._functions = f'{state}/functions'
+        self._layers, self._layers_base, self._max_unpacked, self._emit = layers, layers_base, max_unpacked, emit
+
+    def folder(self, function: registry.Function, number: int | None = None) -> str:
+        """The folder of a function, or of one of its revisions."""
+        folder = f'{self._functions}/{function.id}'
+        return folder if number is None else f'{folder}/{number}'
+
+    def log(self, function: registry.Function) -> Log:
+        return Log(f'{self.folder(function)}/log')
+
+    def load(self, function: registry.Function, number: int) -> Revision:
+        """Raises OSError, ValueError when what is on disk cannot be used."""
+        folder = self.folder(function, number)
+        spec = read_spec(folder)
+        return Revision(number, folder, spec, self._layers.folder if spec.layers else tree(folder))
+
+    def staging(self, reference: str | None) -> Staging:
+        """`reference` says which of several images is meant."""
+        return Staging(
+            self._functions,
+            self._layers,
+            id_base=self._layers_base,
+            most_bytes=self._max_unpacked,
+            reference=reference,
+        )
+
+    def remove_strays(self, functions: Iterable[registry.Function]) -> None:
+        """Remove what no row names: uploads that were cut off, revisions that were never live."""
+        top = pathlib.Path(self._functions)
+        top.mkdir(mode=0o700, exist_ok=True)
+        live = {str(function.id): str(function.revision) for function in functions}
+        for folder in top.iterdir():
+            if folder.name not in live:
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            for revision in folder.iterdir():
+                if revision.is_dir() and revision.name != live[folder.name]:
+                    shutil.rmtree(revision, ignore_errors=True)
+        self.collect_layers()
+
+    def forget(self, folder: str) -> None:
+        """Delete the files of a revision or of a function, and the layers that no other needs."""
+        shutil.rmtree(folder, ignore_errors=True)
+        self.collect_layers()
+
+    def collect_layers(self) -> None:
+        def wanted() -> set[str]:
+            specs = pathlib.Path(self._functions).glob('*/*/spec.json')
+            return {layer for path in specs for layer in read_spec(path.parent).layers}
+
+        try:
+            attempt(self._emit, self._layers.collect, wanted)
+        except ValueError as error:  # a spec that cannot be read may need any of them
+            self._emit('handler', f'Layers are kept for now: {error}', problem=True)

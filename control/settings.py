@@ -1,0 +1,100 @@
+"""The settings: one table, read from the environment, then from a file, then from the defaults."""
+
+import contextlib
+import ipaddress
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from handlers.containers.bundle import ID_RANGE
+from handlers.containers.containers import ID_SLOTS
+from host.errors import FaasError, StartError
+from vpn_manager import split_endpoint
+
+WIREGUARD_PORT = 51820
+ENV_FILE = '/etc/faasd/faasd.env'
+
+
+def size(text: str) -> int:
+    """Bytes from '300', '64K', '100M' or '2G'."""
+    factor = {'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30}.get(text[-1:].upper(), 1)
+    return int(text[:-1] if factor > 1 else text) * factor
+
+
+def number(convert: Callable[[str], float], least: float, most: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = convert(text)
+        if not least <= value <= most:  # NaN is refused too
+            raise ValueError(f'a number from {least} to {most} is expected')
+        return value
+
+    return parse
+
+
+def matching(pattern: str, what: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text, re.ASCII):
+            raise ValueError(f'{what} is expected')
+        return text
+
+    return parse
+
+
+def endpoint(text: str) -> str:
+    if text:
+        split_endpoint(text, WIREGUARD_PORT)
+    return text
+
+
+def resolvers(text: str) -> list[str]:
+    return [str(ipaddress.ip_address(address)) for address in text.split()]
+
+
+SETTINGS = {  # name: (default, parser); docs/API.md has the same table, a test compares them
+    'FAAS_VPN_ENDPOINT': ('', endpoint),
+    'FAAS_WG_INTERFACE': ('wg0', matching(r'[a-zA-Z0-9_][\w.-]{0,14}', 'the name of an interface')),
+    'FAAS_WG_PORT': ('51820', number(int, 1, 65535)),
+    'FAAS_NFT_TABLE': ('faas', matching(r'[a-zA-Z]\w{0,30}', 'the name of a table')),
+    'FAAS_ENROLL': ('invite', matching('invite|open', 'invite or open')),
+    'FAAS_ENROLL_BIND': ('[::]:51820', endpoint),
+    'FAAS_DNS_FORWARD': ('', resolvers),
+    'FAAS_MAX_UPLOAD': ('4G', number(size, 1 << 10, 1 << 40)),
+    'FAAS_MAX_UNPACKED': ('16G', number(size, 1 << 10, 1 << 40)),
+    'FAAS_START_TIMEOUT': ('30', number(float, 0.1, 3600)),
+    'FAAS_STOP_TIMEOUT': ('10', number(float, 0, 3600)),
+    'FAAS_IDLE_TIMEOUT': ('900', number(float, 0, 1e9)),
+    'FAAS_MEMORY': ('256M', number(size, 16 << 20, 1 << 50)),
+    'FAAS_PIDS': ('128', number(int, 8, 1 << 20)),
+    'FAAS_CPUS': ('1', number(float, 0.01, 4096)),
+    'FAAS_RUNTIME': ('runc', matching('runc|crun', 'runc or crun')),
+    'FAAS_CGROUP': ('', matching(r'(/[\w@.-]+)*', 'the path of a cgroup from the root')),
+    'FAAS_ID_BASE': ('1879048192', number(int, 65536, (1 << 31) - ID_SLOTS * ID_RANGE)),
+}
+
+
+class BadSettings(StartError):
+    """A setting has a value that it cannot have. Another try would not help."""
+
+
+def read_settings(environ: Mapping[str, str], path: str = ENV_FILE) -> dict[str, Any]:
+    """{'wg_port': value, …} from the environment, then the file, then the defaults. Raises BadSettings."""
+    texts, lines = {}, []
+    try:
+        with contextlib.suppress(FileNotFoundError), open(path, encoding='utf-8-sig') as file:
+            lines = list(file)
+    except UnicodeDecodeError as error:
+        raise BadSettings(f'{path} is not UTF-8: {error.reason}', 'save it as UTF-8') from error
+    for line in lines:
+        key, equals, value = line.strip().partition('=')
+        if equals and not key.startswith('#'):
+            if key.strip() not in SETTINGS:
+                raise BadSettings(f'{path}: there is no setting {key.strip()}', 'docs/API.md lists them')
+            texts[key.strip()] = value.strip().strip('"\'')
+    settings = {}
+    for name, (default, parse) in SETTINGS.items():
+        text = environ.get(name, texts.get(name, default))
+        try:
+            settings[name.removeprefix('FAAS_').lower()] = parse(text)
+        except (ValueError, FaasError) as error:
+            raise BadSettings(f'{name}={text}: {error}', f'correct it in {path} or in the environment') from error
+    return settings
