@@ -48,6 +48,8 @@ class EnrollPort:
     def _open(self) -> None:
         if self._server is not None:
             return
+        if self._serve is None:
+            raise EnrollUnavailable('faasd is starting', 'try again in a moment')
         try:
             self._keep_bound()
             self._server = self._serve(self._socket.dup())

@@ -17,6 +17,7 @@ import unittest
 import unittest.mock
 
 from handlers.containers import runtime
+from host.version import VERSION
 from tests import lab, packages, serving
 
 CRASHING = 'import os, time\ndef handle(connection, address):\n    os.kill(os.getpid(), 9)\n'
@@ -776,10 +777,72 @@ class LivesOfAServer(unittest.TestCase):
             server.restart()
             self.assertEqual('other', server.get(other))
             self.assertTrue(server.printed('alone: [Errno 98]'), server.lines)
+            self.assertEqual('unreachable', server.status_of('alone')['status'])
+            self.assertIn('it has no listener: ', server.status_of('alone')['reason'])
+            problems = server.api('GET', '/api/health').json['problems']
+            self.assertIn('alone: it has no listener', [item['what'] for item in problems][0])
             reply = server.deploy('alone', serving.saying('alone'))
             self.assertEqual(503, reply.status, reply.body)
             self.host.run(['ss', '-K', 'state', 'time-wait', 'src', f'[{alone}]'], ok=None)  # or it takes a minute
             lab.wait_until(lambda: server.get(alone, ok=None) == 'alone', 90, 'its listener')
+
+    def test_a_function_that_cannot_be_opened_hides_no_other_and_can_be_removed(self):
+        """Their addresses are bound by somebody else: at the start neither can be opened, later one can."""
+        with serving.standalone(self.host) as server:
+            first, second = (server.deploy(name, serving.saying(name)).json['ipv6'] for name in ('first', 'second'))
+            server.stop()
+            hold = 'import socket, sys, time\nkept = []\nfor address in sys.argv[1:]:\n'
+            hold += '    sock = socket.socket(socket.AF_INET6)\n    sock.setsockopt(41, 78, 1)\n'  # IPV6_FREEBIND
+            hold += '    sock.bind((address, 80))\n    sock.listen()\n    kept.append(sock)\n'
+            hold += 'print("held", flush=True)\ntime.sleep(600)\n'
+            holders = {}
+            for ipv6 in (first, second):
+                holders[ipv6] = self.host.popen(['/usr/bin/python3', '-c', hold, ipv6], stdout=subprocess.PIPE)
+                self.addCleanup(holders[ipv6].stdout.close)
+                self.addCleanup(holders[ipv6].wait)
+                self.addCleanup(holders[ipv6].kill)
+                self.assertEqual(b'held\n', holders[ipv6].stdout.readline())
+            server.lines.clear()
+            server.start()
+            self.assertEqual(['unreachable'] * 2, [item['status'] for item in server.api('GET', '/api/list').json])
+            holders[second].kill()
+            lab.wait_until(lambda: server.status_of('second')['status'] == 'idle', 15, 'the second to be opened')
+            self.assertEqual('second', server.get(second))
+            self.assertEqual('unreachable', server.status_of('first')['status'])
+            self.assertEqual(200, server.api('DELETE', '/api/remove/first').status)
+            holders[first].kill()
+            lab.wait_until(lambda: server.printed('[listener] is well again'), 15, 'nothing to be opened any more')
+            self.assertEqual(['second'], [item['name'] for item in server.api('GET', '/api/list').json])
+
+    def test_a_second_faasd_does_not_start_where_the_lock_file_is_gone(self):
+        with serving.standalone(self.host) as server:
+            ipv6 = server.deploy('kept', serving.saying('kept')).json['ipv6']
+            self.host.path('/run/faasd/faasd.lock').unlink()
+            done = self.host.run([*serving.FAASD, '--standalone'], ok=(1,))
+            self.assertIn('another faasd runs on this host', done.stderr)
+            self.assertEqual('kept', server.get(ipv6))
+            self.assertEqual('ok', server.api('GET', '/api/health').json['status'])
+
+    def test_a_thread_that_must_live_ends_faasd_with_it_and_the_next_start_repairs(self):
+        with serving.standalone(self.host) as server:
+            ipv6 = server.deploy('kept', serving.saying('kept')).json['ipv6']
+            server.stop()
+            code = 'import sys, faasd\nfrom control.monitor import Monitor\nMonitor._run = lambda self: None\n'
+            code += 'sys.exit(faasd.main())\n'
+            done = self.host.run([serving.FAASD[0], '-c', code, '--standalone'], ok=(os.EX_SOFTWARE,))
+            self.assertIn('[faasd] the thread monitor has ended, and faasd with it', done.stdout)
+            server.lines.clear()
+            server.start()
+            self.assertEqual('kept', server.get(ipv6))
+
+    def test_the_version_is_said_everywhere(self):
+        done = self.host.run([*serving.FAASD, '--version'])
+        self.assertEqual(f'faasd {VERSION}\n', done.stdout)
+        with serving.standalone(self.host) as server:
+            self.assertEqual(f'[faasd] faasd {VERSION}\n', server.lines[0])
+            self.assertEqual(VERSION, server.api('GET', '/api/health').json['version'])
+        client = (lab.REPO / 'faas').read_text()
+        self.assertIn(f"\nVERSION = '{VERSION}'", client)
 
     def test_a_killed_run_leaves_nothing_that_the_next_does_not_clear(self):
         with serving.standalone(self.host) as server:
