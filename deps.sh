@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs what faasd needs and this machine lacks: packages of Debian or Ubuntu, and CoreDNS in /usr/local/bin.
 # Says what before it does; silent and quick when nothing is missing. As root, or as a user with sudo. `deps.sh test`:
-# what the tests look on with, as well.
+# what the tests use, as well. `deps.sh lint`: what `make lint` needs, alone.
 set -eu
 purpose=${1-}
 
@@ -56,6 +56,12 @@ kernel_has_wireguard() {
 }
 
 missing_packages() {
+    if [ "$purpose" = lint ]; then
+        have shellcheck || echo shellcheck
+        # For ruff. Debian's Python can make a venv only with this.
+        python3 -c 'import ensurepip' 2>/dev/null || echo python3-venv
+        return
+    fi
     have wg || echo wireguard-tools
     have wireguard-go || kernel_has_wireguard || echo wireguard-go
     have runc || echo runc
@@ -72,7 +78,8 @@ missing_packages() {
     have systemd-nspawn || echo systemd-container
     have podman || echo podman
     have skopeo || echo skopeo
-    have java || echo default-jdk-headless          # what else the tests serve they unpack, or go without
+    have java || echo default-jdk-headless
+    have go || echo golang-go                       # what else the tests serve they unpack: see tests/packages.py
 }
 
 coredns_suffices() {
@@ -133,4 +140,4 @@ get_coredns() {
 packages=$(missing_packages)
 # shellcheck disable=SC2086 # one word for each package
 [ -z "$packages" ] || install_packages $packages
-get_coredns
+[ "$purpose" = lint ] || get_coredns

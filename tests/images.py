@@ -231,10 +231,15 @@ def image(layers, config, *, path=None, form='docker', outer=None, **more):
     such as architecture.
     """
     files = files_of(layers, copy.deepcopy(config), form, **more)
-    if path is None:
-        out = io.BytesIO()
-        write(files, out)
-        return packed(out.getvalue(), outer)
-    with open(path, 'wb') as file:
-        write(files, file)
-    return path
+    try:
+        if path is None:
+            out = io.BytesIO()
+            write(files, out)
+            return packed(out.getvalue(), outer)
+        with open(path, 'wb') as file:
+            write(files, file)
+        return path
+    finally:
+        for each in files.values():
+            if isinstance(each, Layer) and each.file and each not in layers:
+                each.file.close()

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import fcntl
 import functools
+import gc
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import sys
 import time
 import traceback
 import unittest
+import warnings
 
 from handlers.containers import bundle, containers, protocol
 from handlers.images import spec as specs
@@ -69,6 +71,9 @@ def call(host, function, *args, timeout_s=60):
         raise unittest.SkipTest(value)
     if kind == 'error':
         raise AssertionError(f'in {host.name}:\n{value}')
+    value, warned = value
+    for text, category in warned:
+        warnings.warn(f'in {host.name}: {text}', category, stacklevel=2)
     return value
 
 
@@ -97,7 +102,11 @@ def _enter_and_call(host, function, args, writer):
         environ = lab.environment()
         os.environ.clear()
         os.environ.update(environ)
-        answer = 'value', function(*args)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter('always')
+            value = function(*args)
+            gc.collect()
+        answer = 'value', (value, [(str(each.message), each.category) for each in warned])
     except unittest.SkipTest as skip:
         answer = 'skip', str(skip)
     except BaseException:

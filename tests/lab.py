@@ -199,7 +199,16 @@ def wait_until(condition, timeout_s, what):
     return value
 
 
-needs_root = unittest.skipUnless(os.geteuid() == 0, 'needs root for hosts of its own (make test runs it so)')
+def not_in_check(tests):
+    """Mark a class of tests, or one test, that needs an installed program: `make check` leaves it out."""
+    tests.in_check = False
+    return tests
+
+
+def needs_root(tests):
+    """Mark tests that need root for hosts of their own. `make check` leaves them out; run alone they are skipped."""
+    as_root = unittest.skipUnless(os.geteuid() == 0, 'needs root for hosts of its own (make test runs it so)')
+    return not_in_check(as_root(tests))
 
 
 def environment(more=None):

@@ -233,13 +233,18 @@ def node():
     return files.accounts().shared()
 
 
+def static_busybox():
+    """The path of a busybox that needs no library, this machine's or an unpacked one. Raises SkipTest."""
+    path = shutil.which('busybox', path=PATH)
+    if path is None or libraries(path):
+        path = next(unpacked('busybox-static').glob('**/busybox'))
+    return pathlib.Path(path)
+
+
 @functools.cache
 def busybox():
     """A busybox that needs no library, and a shell."""
-    path = shutil.which('busybox')
-    if path is None or libraries(path):
-        path = str(next(unpacked('busybox-static').glob('**/busybox')))
-    return Files().copy(path, '/usr/bin/busybox').link('/usr/bin/sh', 'busybox').accounts().shared()
+    return Files().copy(str(static_busybox()), '/usr/bin/busybox').link('/usr/bin/sh', 'busybox').accounts().shared()
 
 
 @functools.cache

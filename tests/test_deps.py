@@ -80,11 +80,18 @@ class Deps(unittest.TestCase):
         self.assertEqual('', self.deps().stdout)
 
     def test_what_only_the_tests_need(self):
-        self.take('java', 'dig')
+        self.take('java', 'dig', 'go')
         self.host.path('/tmp/lists').touch()
         self.assertEqual('', self.deps().stdout)
         first, *_ = self.deps(argv=('./deps.sh', 'test')).stdout.splitlines()
-        self.assertEqual('deps: installing the packages bind9-dnsutils default-jdk-headless', first)
+        self.assertEqual('deps: installing the packages bind9-dnsutils default-jdk-headless golang-go', first)
+
+    def test_what_only_lint_needs(self):
+        self.take('runc', 'coredns', 'shellcheck')
+        self.put('/usr/local/sbin/python3', '#!/bin/sh\nexit 1\n')
+        self.host.path('/tmp/lists').touch()
+        done = self.deps(argv=('./deps.sh', 'lint'))
+        self.assertEqual('deps: installing the packages shellcheck python3-venv\n', done.stdout)
 
     def test_updates_the_lists_when_they_do_not_have_it(self):
         self.take('runc')

@@ -30,7 +30,7 @@ import unittest
 from importlib.machinery import SourceFileLoader
 from unittest import mock
 
-from tests import images, lab, serving
+from tests import images, lab, programs, serving
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 FAAS = REPO / 'faas'
@@ -1341,15 +1341,13 @@ exec /real/%s "$@"
 @lab.needs_root
 @unittest.skipIf(sys.version_info < (3, 11), 'faasd does not run on it')
 class TestUploads(unittest.TestCase):
-    """`faas new` of images by every way in, to a real faasd: the program of the image is this machine's busybox."""
+    """`faas new` of images by every way in, to a real faasd: the program of the image is busybox."""
 
     @classmethod
     def setUpClass(cls):
-        if not (busybox := shutil.which('busybox')):
-            raise unittest.SkipTest('needs busybox, a static one')
         cls.host = cls.enterClassContext(lab.Host('server'))
         cls.server = cls.enterClassContext(serving.standalone(cls.host, FAAS_MAX_UPLOAD='400M'))
-        base = images.layer(('bin/busybox', pathlib.Path(busybox).read_bytes(), {'mode': 0o755}), ('www/', None))
+        base = images.layer(('bin/busybox', programs.static_busybox().read_bytes(), {'mode': 0o755}), ('www/', None))
         cls.config = {'Cmd': ['/bin/busybox', 'httpd', '-f', '-p', '[::]:80', '-h', '/www']}
         cls.layers = [base, images.layer(('www/index.html', b'from an image\n'))]
         cls.small = images.image(cls.layers, cls.config)

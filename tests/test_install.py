@@ -1,10 +1,8 @@
 """`make install` and `make uninstall`, on machines booted with systemd, and into a DESTDIR."""
 
-import pathlib
-import shutil
 import unittest
 
-from tests import boot, images, lab
+from tests import boot, images, lab, programs
 
 FIBONACCI = 'fd00:faa5:1:0::a'
 GATEWAY = 'fd00:faa5:0:100::1'
@@ -134,10 +132,9 @@ class Installed(unittest.TestCase):
         self.server.run(['pgrep', '-f', 'server.py'], ok=(1,))
         self.server.sh('systemctl start faasd; faas rm listens')
 
-    @unittest.skipUnless(shutil.which('busybox'), 'needs busybox, a static one')
     def test_an_image_under_the_hardened_unit(self):
         """With a state directory that can map ids, which the machine's own file system, an overlay, cannot."""
-        program = pathlib.Path(shutil.which('busybox')).read_bytes()
+        program = programs.static_busybox().read_bytes()
         page = images.layer(('busybox', program, {'mode': 0o755}), ('www/index.html', b'from an image\n'))
         command = ['/busybox', 'httpd', '-f', '-p', '[::]:80', '-h', '/www']
         archive = images.image([page], {'Cmd': command, 'User': '33'})

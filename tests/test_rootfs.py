@@ -10,16 +10,19 @@ import unittest
 from handlers.containers import bundle, containers, rootfs
 from handlers.images import spec as specs
 from host import process
-from tests import inside
+from tests import inside, programs
 
 BASE = 0x70000000  # where layers lie: the first range
-BUSYBOX = shutil.which('busybox')
 PASSWD = 'root:x:0:0:root:/root:/bin/sh\nwww:x:33:44:Web:/srv:/bin/sh\n'
 GROUP = 'root:x:0:\nweb:x:44:\nlogs:x:50:other,www\n'
 
 
-@unittest.skipUnless(BUSYBOX, 'needs busybox, a static one')
 class Image(inside.InHost):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.busybox = programs.static_busybox().read_bytes()
+
     def setUp(self):
         self.layers = []
 
@@ -47,7 +50,7 @@ class Image(inside.InHost):
         return top
 
     def base(self, **files):
-        self.layer({'bin/busybox': pathlib.Path(BUSYBOX).read_bytes(), 'etc/passwd': PASSWD, 'etc/group': GROUP})
+        self.layer({'bin/busybox': self.busybox, 'etc/passwd': PASSWD, 'etc/group': GROUP})
 
     def start(self, them, command, user='', layers=None, cwd='/', env=None):
         reader, writer = os.pipe()
@@ -142,7 +145,7 @@ class Image(inside.InHost):
     @inside.inside
     def test_accounts_that_are_links_lead_nowhere_but_into_the_image(self):
         pathlib.Path('/etc/passwd').write_text(PASSWD + 'secret:x:77:77::/:/bin/sh\n')
-        self.layer({'bin/busybox': pathlib.Path(BUSYBOX).read_bytes()})
+        self.layer({'bin/busybox': self.busybox})
         for link in ('/etc/real', '../../../../etc/real', '/proc/self/root/etc/passwd', '/etc/passwd'):
             self.layer({'etc/passwd': lambda path, link=link: path.symlink_to(link), 'etc/real': PASSWD})
             with inside.prepared() as them, self.assertRaisesRegex(containers.ContainerError, "'secret' is not in"):
@@ -189,7 +192,7 @@ class Image(inside.InHost):
 
     @inside.inside
     def test_an_image_from_scratch_and_a_hundred_layers(self):
-        self.layer({'bin/busybox': pathlib.Path(BUSYBOX).read_bytes()})
+        self.layer({'bin/busybox': self.busybox})
         self.assertIn('control.sock', self.run_in('/bin/busybox ls /'))
         for number in range(100):
             self.layer({f'{number}': 'x'})
