@@ -10,6 +10,7 @@ import gc
 import os
 import pathlib
 import re
+import signal
 import sys
 import time
 import tracemalloc
@@ -134,6 +135,7 @@ def main(argv):
     asked = parser.parse_args(argv)
     os.chdir(HERE.parent)
     sys.path.insert(0, str(HERE.parent))
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a job in a shell's background has it ignored
     sys.stderr = sys.stdout                         # in order, also in a file
     suite = load(asked.names)
     if asked.check:
