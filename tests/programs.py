@@ -237,7 +237,7 @@ def static_busybox():
     """The path of a busybox that needs no library, this machine's or an unpacked one. Raises SkipTest."""
     path = shutil.which('busybox', path=PATH)
     if path is None or libraries(path):
-        path = next(unpacked('busybox-static').glob('**/busybox'))
+        path = next(unpacked('busybox-static').glob('**/bin/busybox'))
     return pathlib.Path(path)
 
 
