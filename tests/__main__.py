@@ -39,6 +39,7 @@ class Result(unittest.TextTestResult):
         super().startTest(test)
 
     def stopTest(self, test):
+        self.seconds.setdefault(test.id(), -time.monotonic())      # Python 3.12.1 starts no test that is skipped
         self.seconds[test.id()] += time.monotonic()
         super().stopTest(test)
         self._take_warnings()

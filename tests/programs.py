@@ -226,10 +226,10 @@ def python():
 @functools.cache
 def node():
     path = os.path.realpath(shutil.which('node', path=PATH) or '/')
-    if path.startswith('/usr/bin/'):
-        files = Files().program(path).link('/usr/local/bin/node', path)
-    else:
-        files = Files().program('/usr/bin/node', within=unpacked('nodejs'))
+    within = '' if path.startswith('/usr/bin/') else unpacked('nodejs')
+    files = Files().program(path if within == '' else '/usr/bin/node', within=within)
+    if os.path.isdir(builtin := f'{within}/usr/share/nodejs'):      # Debian's node loads parts of itself from there
+        files.tree(builtin, '/usr/share/nodejs')
     return files.accounts().shared()
 
 
