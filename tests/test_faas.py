@@ -1169,8 +1169,8 @@ class TestDocs(Case):
     @unittest.skipIf(sys.version_info < (3, 11), 'the server\'s modules are of Python 3.11')
     def test_the_errors_in_the_docs_are_those_of_the_programs(self):
         said = [(REPO / 'install.sh').read_text()]
-        for path in [FAAS, *(path for top in ('.', 'control', 'handlers', 'host') for path in (REPO / top).rglob('*.py')
-                             if 'tests' not in path.parts)]:
+        modules = [path for top in ('control', 'handlers', 'host') for path in (REPO / top).rglob('*.py')]
+        for path in [FAAS, *REPO.glob('*.py'), *modules]:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.JoinedStr):             # f'there is no {thing}' is 'there is no …'
                     said.append('…'.join(part.value for part in node.values if isinstance(part, ast.Constant)))
