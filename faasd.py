@@ -47,7 +47,7 @@ from handlers.images import spec as specs
 from handlers.images import staging as image
 from handlers.serving import injection, pool
 from handlers.serving.loop import Loop
-from handlers.serving.server import FaaSServer
+from handlers.serving.server import Adopted, FaaSServer
 from host import files, firewall, netlink, process, sock_diag, systemd
 from host.errors import FaasError
 
@@ -624,18 +624,15 @@ class Faasd:
 
         Without `revision` it serves nothing until one is switched to.
         """
-        its_pool = pool.Pool(function.name, logs.Log(f'{self._folder(function)}/log'), self._around)
-        its_pool.revision = revision
+        its_pool = pool.Pool(function.name, logs.Log(f'{self._folder(function)}/log'), self._around, revision)
         try:
-            self.server.add_listener(function.ipv6, function.name, its_pool, sock)
+            self.server.add_listener(function.ipv6, function.name, its_pool, Adopted(left, sock) if left else None)
         except OSError:
             if left:
                 left.kill()
                 self._around.containers.remove(left)
             raise
         self._functions[function.id] = self._pools[function.id] = function, its_pool
-        if left:
-            self.loop.wait(its_pool.adopt, left, sock)
         return its_pool
 
     def _open_others(self):
@@ -651,29 +648,15 @@ class Faasd:
     def _shut(self, function, within_s):
         """Undo _open; what runs may finish within within_s seconds, or goes on at a handover."""
         self._unopened.pop(function.id, None)
-        _, its_pool = self._functions.pop(function.id, (None, None))
-        if its_pool and self._handover:
-            self.loop.wait(self._leave, function, its_pool)
-        serves_itself = its_pool and its_pool.serves_itself()
-        if not serves_itself:
-            self.server.remove_listener(function.ipv6)
-        if its_pool:
-            end = its_pool.close(within_s)
-            end.add_done_callback(lambda _: self._ended(function, serves_itself))  # in the loop's thread
-            return end
-        done = concurrent.futures.Future()  # somebody else did it
-        done.set_result(None)
-        return done
+        known = self._functions.pop(function.id, None)
+        end = self.server.close_listener(function.ipv6, within_s, self._handover)
+        if known:  # else somebody else does it
+            end.add_done_callback(lambda _: self._ended(function, end))  # in the loop's thread
+        return end
 
-    def _ended(self, function, remove_listener):
-        self._pools.pop(function.id)
-        if remove_listener:
-            self.server.remove(function.ipv6)
-
-    def _leave(self, function, its_pool):
-        if its_pool.leave():
-            self._left_behind = True
-            self.server.leave(function.ipv6)
+    def _ended(self, function, end):
+        self._pools.pop(function.id, None)
+        self._left_behind |= end.result()
 
     def _close_functions(self):
         ends = [self._shut(function, self.settings['stop_timeout']) for function, _ in list(self._functions.values())]
@@ -725,8 +708,9 @@ class Faasd:
                 raise ConnectionAbortedError
             self.registry.commit_revision(function, number)
             steps.pop_all()
-        its_pool.switch(instance)
-        self.emit('handler', f'Deployed {name} at {function.ipv6}, revision {number} ({instance.kind})', name=name)
+        its_pool.cut_over(instance)
+        text = f'Deployed {name} at {function.ipv6}, revision {number} ({instance.description})'
+        self.emit('handler', text, name=name)
         return {
             'name': name,
             'ipv6': function.ipv6,

@@ -14,12 +14,13 @@ import unittest
 from handlers.containers import logs
 from handlers.images import spec as specs
 from handlers.serving import injection, listeners, pool
+from handlers.serving.instance import InstanceState, ServingMode
 from handlers.serving.loop import Loop
+from handlers.serving.server import Adopted, FaaSServer
 from host import process, sock_diag
 from tests import inside, lab
 
 ADDRESS = 'fd00:faa5:1::a'
-MARK = 0xFAA5
 
 # A server that answers each connection with `text` and the client's address. Its ways of listening vary.
 SERVER = """
@@ -56,10 +57,10 @@ def serve_epoll(sock, epoll):
 
 
 class Function:
-    """A pool with a real front at ADDRESS, as FaaSServer has it, in a host."""
+    """A pool behind a real FaaSServer, in a host."""
 
     def __init__(self, stack, start_timeout_s=5, **around):
-        self.events, self.stack = [], stack
+        self.events, self.stack, self.handed_over = [], stack, False
         self.folder = pathlib.Path(f'/var/lib/functions/{os.urandom(4).hex()}')
         self.folder.mkdir(parents=True)
         process.run(['ip', '-6', 'address', 'replace', f'{ADDRESS}/128', 'dev', 'lo', 'nodad'])
@@ -78,17 +79,31 @@ class Function:
             shutil.rmtree,
             **{'stop_timeout_s': 2, **around},
         )
-        self.pool = pool.Pool('test', logs.Log(str(self.folder / 'log')), self.around)
-        self.front = self.pool.front = listeners.Front(ADDRESS, MARK)
-        stack.callback(lambda: self.loop.wait(self.front.close))
-        stack.callback(lambda: self.pool.close(0).result(20))
-        self.watched, self._ended = None, threading.Event()
-        self.pool.gate = self.gate
-        self.loop.call(self.gate, True)
+        self.server = FaaSServer(self.loop, lambda *_, **__: None)
+        self.open()
+        stack.callback(lambda: self.close(0).result(20))
+        self._ended = threading.Event()
         looker = threading.Thread(target=self.look)
         looker.start()
         stack.callback(looker.join)
         stack.callback(self._ended.set)
+
+    def open(self, revision=None, adopted=None):
+        self.pool = pool.Pool('test', logs.Log(str(self.folder / 'log')), self.around, revision)
+        self.server.add_listener(ADDRESS, 'test', self.pool, adopted)
+        self.group = self.server._listeners[ADDRESS].group
+
+    def close(self, within_s, hand_over=False):
+        return self.server.close_listener(ADDRESS, within_s, hand_over)
+
+    def restart(self, within_s=2):
+        """What a restart of faasd does: hand over, and adopt what goes on."""
+        revision = self.pool.revision
+        assert self.close(within_s, hand_over=True).result(20), 'nothing goes on'
+        ((record, container),) = self.containers.prepare(lambda record: record['revision'] == revision.number)
+        sock = self.containers.listener_of(record, container)
+        assert sock, 'it has no listener'
+        self.open(revision, Adopted(container, sock))
 
     def look(self):
         while not self._ended.wait(0.2):
@@ -96,20 +111,6 @@ class Function:
             for (_, uid), number in sock_diag.open_connections('fd00:faa5:1::/48', 80).items():
                 counts[uid] = number
             self.loop.call(self.pool.look, counts, now)
-
-    def gate(self, is_open):
-        fd = self.front.sock.fileno() if is_open else None
-        if self.watched not in (None, fd):
-            self.loop.unwatch(self.watched)
-            self.watched = None
-        if fd is not None and self.watched is None:
-            self.watched = fd
-            self.loop.watch(fd, self.accept)
-
-    def accept(self):
-        if self.pool.take():
-            with contextlib.suppress(BlockingIOError):
-                self.pool.dispatch(self.front.sock.accept()[0])
 
     def revision(self, number, how, text=None, ports=(), **more):
         tree = self.folder / str(number)
@@ -120,7 +121,7 @@ class Function:
 
     def deploy(self, number, *args, **more):
         instance = self.pool.start(self.revision(number, *args, **more))
-        self.pool.switch(instance)
+        self.pool.cut_over(instance)
         return instance
 
     def ask(self, timeout_s=10):
@@ -142,7 +143,8 @@ class Serving(inside.InHost):
     @inside.inside
     def test_one_that_listens_is_given_our_listener(self):
         function, instance = self.serves('serve(listen())')
-        self.assertEqual(('port 80', None), (instance.kind, instance.warning))
+        self.assertEqual(('port 80', None), (instance.description, instance.warning))
+        self.assertEqual(ServingMode.LISTENING, instance.mode)
         self.assertEqual(('running', None), function.pool.status())
 
     @inside.inside
@@ -208,7 +210,7 @@ class Serving(inside.InHost):
             function.pool.start(function.revision(1, how, **more))
         if hint:
             self.assertIn(hint, caught.exception.hint)
-        lab.wait_until(lambda: not function.pool._instances, 10, 'its end')
+        lab.wait_until(lambda: not function.pool.instances, 10, 'its end')
         return caught.exception
 
     @inside.inside
@@ -277,7 +279,8 @@ class Serving(inside.InHost):
             '        _, ancillary, _, _ = control.recvmsg(1024, socket.CMSG_LEN(4))\n'
             '    answer(socket.socket(fileno=array.array("i", ancillary[0][2])[0]))'
         )
-        self.assertEqual('/control.sock', instance.kind)
+        self.assertEqual('/control.sock', instance.description)
+        self.assertEqual(ServingMode.CONTROL, instance.mode)
 
     @inside.inside
     def test_one_connection_for_each_process(self):
@@ -307,7 +310,7 @@ class Serving(inside.InHost):
             'while True:\n    with socket.socket() as s: s.bind(("127.0.0.1", 0)); s.listen()',
         )
         began = time.monotonic()
-        instance = flood.pool._make(flood.revision(2, 'serve(listen())'), trial=True)
+        instance = flood.pool._make(flood.pool, flood.revision(2, 'serve(listen())'), True)
         flood.loop.call(flood.pool._try, instance)
         instance.up.result(10)
         self.assertLess(time.monotonic() - began, 5)
@@ -360,33 +363,33 @@ class Serving(inside.InHost):
         with contextlib.suppress(OSError):  # who was accepted has the same options, and keeps others from the address
             function.deploy(2, 'serve(listen())')
         self.assertIn('revision', function.ask())
-        function.pool.close(1).result(10)
+        function.close(1).result(10)
 
     @inside.inside
     def test_one_that_cannot_be_steered_away_from_is_ended_all_the_same(self):
         function, instance = self.serves('serve(listen())')
 
-        def fork():
+        def add():
             raise OSError(98, 'Address already in use')
 
-        function.front.fork = fork
+        function.group.add = add
         with self.assertRaisesRegex(pool.StartFailed, 'Address already in use'):
             function.pool.start(function.revision(2, 'serve(listen())'))
-        function.loop.wait(function.pool._rest, instance)
+        function.loop.wait(function.pool._scale_to_zero)
         self.assertEqual(('running', None), function.pool.status())
-        function.pool.close(1).result(10)
-        self.assertEqual('dead', instance.state)
+        function.close(1).result(10)
+        self.assertEqual(InstanceState.DEAD, instance.state)
 
     @inside.inside
     def test_no_descriptor_leaks(self):
         function, _ = self.serves('serve(listen(socket.AF_INET, "0.0.0.0"))', 'revision 1 ')
-        lab.wait_until(lambda: len(function.pool._instances) == 1, 20, 'one instance')
+        lab.wait_until(lambda: len(function.pool.instances) == 1, 20, 'one instance')
         before = len(os.listdir('/proc/self/fd'))
         for number in range(2, 6):
             function.deploy(number, 'socks = [listen(socket.AF_INET, "0.0.0.0"), listen()]; serve(socks[1])')
             with self.assertRaises(pool.StartFailed):
                 function.pool.start(function.revision(number + 10, 'sys.exit(1)'))
-        lab.wait_until(lambda: len(function.pool._instances) == 1, 30, 'one instance')
+        lab.wait_until(lambda: len(function.pool.instances) == 1, 30, 'one instance')
         lab.wait_until(lambda: len(os.listdir('/proc/self/fd')) <= before, 10, f'no more than {before} descriptors')
 
     @inside.inside
@@ -403,9 +406,9 @@ class Serving(inside.InHost):
         shut.touch()
         with contextlib.suppress(OSError):  # it may look for the file before it answers
             function.ask()
-        lab.wait_until(lambda: not listeners.listens(function.front.sock), 5, 'the shutdown')
+        lab.wait_until(lambda: not listeners.listens(function.group.current), 5, 'the shutdown')
         shut.unlink()
-        lab.wait_until(lambda: listeners.listens(function.front.sock), 5, 'its revival')
+        lab.wait_until(lambda: listeners.listens(function.group.current), 5, 'its revival')
         self.assertEqual(self.ANSWER, function.ask())
 
 
@@ -420,7 +423,7 @@ class Turns(inside.InHost):
         )
         with concurrent.futures.ThreadPoolExecutor(20) as clients:
             answers = [clients.submit(function.ask) for _ in range(20)]
-            lab.wait_until(lambda: listeners.queued(function.front.sock) == 20, 5, 'the queue')
+            lab.wait_until(lambda: listeners.queued(function.group.current) == 20, 5, 'the queue')
             (function.folder / '1' / 'go').touch()
             os.kill(instance._container.pid, signal.SIGKILL)
             answers = [each.result(20) for each in answers]
@@ -451,8 +454,8 @@ class Turns(inside.InHost):
             thread.join()
         self.assertEqual(([], 0), (failed, asked.count('')))
         self.assertGreater(len(asked), 100)
-        lab.wait_until(lambda: len(function.pool._instances) == 1, 20, 'the former ones to end')
-        self.assertEqual(1, len(function.front._order))
+        lab.wait_until(lambda: len(function.pool.instances) == 1, 20, 'the former ones to end')
+        self.assertEqual(1, len(function.group._order))
 
     @inside.inside
     def test_two_redeploys_while_one_answers_and_would_end_with_its_listener(self):
@@ -478,7 +481,7 @@ class Turns(inside.InHost):
         function = Function(self.stack, idle_timeout_s=0.5)
         function.deploy(1, 'signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); serve(listen())')
         lab.wait_until(lambda: function.pool.status() == ('idle', None), 10, 'its rest')
-        lab.wait_until(lambda: not function.pool._instances, 10, 'its end')
+        lab.wait_until(lambda: not function.pool.instances, 10, 'its end')
         self.assertEqual(f'revision 1 {ADDRESS}', function.ask())
         lab.wait_until(lambda: function.pool.status() == ('running', None), 5, 'the word of it')
 
@@ -493,9 +496,9 @@ class Turns(inside.InHost):
             '    connection.recv(999)\n'
             '    connection.sendall(b"HTTP/1.0 200 OK\\r\\n\\r\\nhandler")\n'
         )
-        function.pool.switch(function.pool.start(pool.Revision(2, str(tree), inside.SPEC, str(tree))))
+        function.pool.cut_over(function.pool.start(pool.Revision(2, str(tree), inside.SPEC, str(tree))))
         self.assertEqual(['handler'] * 3, [function.ask() for _ in range(3)])
-        lab.wait_until(lambda: len(function.pool._instances) == 1, 20, 'the end of the former')
+        lab.wait_until(lambda: len(function.pool.instances) == 1, 20, 'the end of the former')
         function.deploy(3, 'serve(listen())')
         self.assertEqual([f'revision 3 {ADDRESS}'] * 3, [function.ask() for _ in range(3)])
 
