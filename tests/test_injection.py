@@ -460,14 +460,7 @@ class Turns(inside.InHost):
     @inside.inside
     def test_two_redeploys_while_one_answers_and_would_end_with_its_listener(self):
         function = Function(self.stack)
-        instance = function.deploy(
-            1,
-            'def slow(connection):\n    time.sleep(3)\n    answer(connection)\n'
-            'sock = listen()\nwhile True:\n'
-            '    try: connection = sock.accept()[0]\n'
-            '    except OSError: os._exit(1)\n'
-            '    threading.Thread(target=slow, args=(connection,)).start()',
-        )
+        instance = function.deploy(1, ENDS_WITH_ITS_LISTENER.replace('SLOW_S', '3'))
         with concurrent.futures.ThreadPoolExecutor() as clients:
             slow = clients.submit(function.ask)
             lab.wait_until(lambda: function.pool.connections_of(instance._container), 5, 'the connection')
@@ -501,6 +494,101 @@ class Turns(inside.InHost):
         lab.wait_until(lambda: len(function.pool.instances) == 1, 20, 'the end of the former')
         function.deploy(3, 'serve(listen())')
         self.assertEqual([f'revision 3 {ADDRESS}'] * 3, [function.ask() for _ in range(3)])
+
+
+# Ends when its listener is shut down, as log.Fatal(http.ListenAndServe(…)) does. Answers after SLOW_S.
+ENDS_WITH_ITS_LISTENER = (
+    'def slow(connection):\n    time.sleep(SLOW_S)\n    answer(connection)\n'
+    'sock = listen()\nwhile True:\n'
+    '    try: connection = sock.accept()[0]\n'
+    '    except OSError: os._exit(1)\n'
+    '    threading.Thread(target=slow, args=(connection,)).start()'
+)
+
+
+class Restarts(inside.InHost):
+    """Of faasd, while an instance listens by itself."""
+
+    def owned(self, function):
+        """Assert that the instance that serves has the listener that connections are steered to."""
+        serving = function.pool._serving
+        self.assertIs(function.group.current, serving.listener)
+
+    @inside.inside
+    def test_clients_that_wait_start_nothing_at_the_adopted_listener(self):
+        function = Function(self.stack)
+        function.deploy(1, 'sock = listen()\nwhile not os.path.exists("/function/go"): time.sleep(0.01)\nserve(sock)')
+        with concurrent.futures.ThreadPoolExecutor(8) as clients:
+            answers = [clients.submit(function.ask) for _ in range(8)]
+            lab.wait_until(lambda: listeners.queued(function.group.current) == 8, 5, 'the queue')
+            function.restart()
+            self.owned(function)
+            starting = function.pool._starting
+            self.assertIsNot(function.group.current, starting and starting.listener)
+            lab.wait_until(lambda: function.pool._serving.mode == ServingMode.LISTENING, 10, 'the next instance')
+            self.owned(function)
+            (function.folder / '1' / 'go').touch()
+            self.assertEqual([f'revision 1 {ADDRESS}'] * 8, [each.result(20) for each in answers])
+        self.assertEqual(f'revision 1 {ADDRESS}', function.ask())
+
+    @inside.inside
+    def test_restarts_under_load_lose_nothing(self):
+        function = Function(self.stack)
+        function.deploy(1, 'serve(listen())')
+        failed, asked, going = [], [], threading.Event()
+
+        def load():
+            while not going.is_set():
+                try:
+                    asked.append(function.ask())
+                except OSError as error:
+                    failed.append(error)
+
+        threads = [threading.Thread(target=load) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for pause_s in (0, 0.2, 0.5, 1, 1.5, 0.1):  # before the next instance serves, while the former drains, after it
+            count = len(asked)
+            function.restart()
+            self.owned(function)
+            lab.wait_until(lambda count=count: len(asked) > count + 20, 10, 'answers')
+            time.sleep(pause_s)
+        lab.wait_until(lambda: function.pool._serving.mode == ServingMode.LISTENING, 10, 'the next instance')
+        self.owned(function)
+        going.set()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(([], 0), (failed, asked.count('')))
+        lab.wait_until(lambda: len(function.pool.instances) == 1, 20, 'the former ones to end')
+
+    @inside.inside
+    def test_what_a_replaced_instance_answers_outlives_a_hand_over_and_a_removal(self):
+        for hand_over in (True, False):
+            with self.subTest(hand_over=hand_over), contextlib.ExitStack() as self.stack:
+                function = Function(self.stack)
+                instance = function.deploy(1, ENDS_WITH_ITS_LISTENER.replace('SLOW_S', '3'))
+                with concurrent.futures.ThreadPoolExecutor() as clients:
+                    slow = clients.submit(function.ask)
+                    lab.wait_until(lambda: function.pool.connections_of(instance._container), 5, 'the connection')
+                    function.deploy(2, 'serve(listen())')
+                    self.assertEqual(InstanceState.DRAINING, instance.state)
+                    if hand_over:
+                        function.restart(10)
+                        self.assertEqual(f'revision 2 {ADDRESS}', function.ask())
+                    else:
+                        self.assertFalse(function.close(10).result(15))
+                    self.assertEqual(f'revision 1 {ADDRESS}', slow.result())
+
+    @inside.inside
+    def test_a_handler_goes_not_on(self):
+        function = Function(self.stack)
+        tree = function.folder / '1'
+        tree.mkdir()
+        (tree / 'handler.py').write_text('def handle(connection, address):\n    pass\n')
+        function.pool.cut_over(function.pool.start(pool.Revision(1, str(tree), inside.SPEC, str(tree))))
+        self.assertFalse(function.close(2, hand_over=True).result(10))
+        with self.assertRaises(ConnectionRefusedError):
+            function.ask()
 
 
 class Candidates(unittest.TestCase):
