@@ -18,7 +18,7 @@ from dns_manager import DNSZoneManager
 from handlers.containers.containers import Container
 from handlers.serving.instance import Revision, Surroundings
 from handlers.serving.pool import Pool
-from handlers.serving.server import FaaSServer
+from handlers.serving.server import Adopted, FaaSServer
 from host import sock_diag
 from host.errors import EXPECTED, FaasError
 
@@ -124,47 +124,48 @@ class Functions:
                 text = f'{function.name}: {error}: deploy it again'
                 self._emit('handler', text, name=function.name, problem=True)
             try:
-                self._open(function, revision, *(adoptable.get(function.name, ()) if revision else ()))
+                self._open(function, revision, adoptable.pop(function.name, None) if revision else None)
             except OSError as error:
                 self._emit('listener', f'{function.name}: {error}', name=function.name, problem=True)
                 self._unopened[function.id] = function, revision, str(error)
+        for adopted in adoptable.values():  # of a revision that cannot be used any more
+            adopted.listener.close()
+            self._end(adopted.container)
 
-    def _adoptable(self, left: Iterable[tuple[dict, Container]]) -> dict[str, tuple[Container, socket.socket]]:
-        """{function: (Container, its listener)} of what a faasd that is no more has left; the rest is ended."""
+    def _adoptable(self, left: Iterable[tuple[dict, Container]]) -> dict[str, Adopted]:
+        """{function: Adopted} of what a faasd that is no more has left; the rest is ended."""
         containers, found = self._around.containers, {}
         for record, container in sorted(left, key=lambda each: -each[0]['start_time']):
             sock = None if record['function'] in found else containers.listener_of(record, container)
             if sock:
-                found[record['function']] = container, sock
+                found[record['function']] = Adopted(container, sock)
             else:
-                container.kill()
-                containers.remove(container)
+                self._end(container)
         return found
+
+    def _end(self, container: Container) -> None:
+        container.kill()
+        self._around.containers.remove(container)
 
     def _open(
         self,
         function: registry.Function,
         revision: Revision | None = None,
-        left: Container | None = None,
-        sock: socket.socket | None = None,
+        adopted: Adopted | None = None,
     ) -> Pool:
-        """A pool and a listener for the function, which may have a Container `left` that serves `sock`.
+        """A pool and a listener for the function; an instance that a faasd which is no more has left may be `adopted`.
 
-        Without `revision` it serves nothing until one is switched to. Raises OSError.
+        Without `revision` it serves nothing until one is cut over to. Raises OSError.
         """
         with self._opening:
-            pool = Pool(function.name, self._revisions.log(function), self._around)
-            pool.revision = revision
+            pool = Pool(function.name, self._revisions.log(function), self._around, revision)
             try:
-                self._server.add_listener(function.ipv6, function.name, pool, sock)
+                self._server.add_listener(function.ipv6, function.name, pool, adopted)
             except OSError:
-                if left:
-                    left.kill()
-                    self._around.containers.remove(left)
+                if adopted:
+                    self._end(adopted.container)
                 raise
             self._open_now[function.id] = self._pools[function.id] = function, pool
-            if left:
-                self._around.loop.wait(pool.adopt, left, sock)
             return pool
 
     def open_others(self) -> None:
@@ -192,29 +193,15 @@ class Functions:
         """Undo _open; what runs may finish within within_s seconds, or goes on at a handover."""
         with self._opening:
             self._unopened.pop(function.id, None)
-            _, pool = self._open_now.pop(function.id, (None, None))
-        if pool and self._handover:
-            self._around.loop.wait(self._hand_over, function, pool)
-        serves_itself = pool and pool.serves_itself()
-        if not serves_itself:
-            self._server.remove_listener(function.ipv6)
-        if pool:
-            end = pool.close(within_s)
-            end.add_done_callback(lambda _: self._ended(function, serves_itself))  # in the loop's thread
-            return end
-        done = concurrent.futures.Future()  # somebody else did it
-        done.set_result(None)
-        return done
+            known = self._open_now.pop(function.id, None)
+            end = self._server.close_listener(function.ipv6, within_s, self._handover)
+        if known:  # else somebody else does it
+            end.add_done_callback(lambda _: self._ended(function, end))  # in the loop's thread
+        return end
 
-    def _ended(self, function: registry.Function, remove_listener: bool) -> None:
+    def _ended(self, function: registry.Function, end: concurrent.futures.Future) -> None:
         self._pools.pop(function.id, None)
-        if remove_listener:
-            self._server.remove(function.ipv6)
-
-    def _hand_over(self, function: registry.Function, pool: Pool) -> None:
-        if pool.leave():
-            self.left_behind = True
-            self._server.leave(function.ipv6)
+        self.left_behind |= end.result()
 
     def close(self, handover: bool) -> None:
         """Serve nothing any more; with `handover` what listens by itself goes on for the next faasd to adopt."""
@@ -284,8 +271,9 @@ class Functions:
                 raise ConnectionAbortedError
             self._registry.commit_revision(function, number)
             steps.pop_all()
-        pool.switch(instance)
-        self._emit('handler', f'Deployed {name} at {function.ipv6}, revision {number} ({instance.kind})', name=name)
+        pool.cut_over(instance)
+        text = f'Deployed {name} at {function.ipv6}, revision {number} ({instance.description})'
+        self._emit('handler', text, name=name)
         return {
             'name': name,
             'ipv6': function.ipv6,

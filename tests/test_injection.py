@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import os
 import pathlib
 import shutil
@@ -14,12 +15,13 @@ import unittest
 from handlers.containers import logs
 from handlers.images import spec as specs
 from handlers.serving import injection, listeners, pool
+from handlers.serving.instance import InstanceState, ServingMode
 from handlers.serving.loop import Loop
+from handlers.serving.server import Adopted, FaaSServer
 from host import process, sock_diag
 from tests import inside, lab
 
 ADDRESS = 'fd00:faa5:1::a'
-MARK = 0xFAA5
 
 # A server that answers each connection with `text` and the client's address. Its ways of listening vary.
 SERVER = """
@@ -56,10 +58,10 @@ def serve_epoll(sock, epoll):
 
 
 class Function:
-    """A pool with a real front at ADDRESS, as FaaSServer has it, in a host."""
+    """A pool behind a real FaaSServer, in a host."""
 
     def __init__(self, stack, start_timeout_s=5, **around):
-        self.events, self.stack = [], stack
+        self.events, self.stack, self.handed_over = [], stack, False
         self.folder = pathlib.Path(f'/var/lib/functions/{os.urandom(4).hex()}')
         self.folder.mkdir(parents=True)
         process.run(['ip', '-6', 'address', 'replace', f'{ADDRESS}/128', 'dev', 'lo', 'nodad'])
@@ -78,17 +80,31 @@ class Function:
             shutil.rmtree,
             **{'stop_timeout_s': 2, **around},
         )
-        self.pool = pool.Pool('test', logs.Log(str(self.folder / 'log')), self.around)
-        self.front = self.pool.front = listeners.Front(ADDRESS, MARK)
-        stack.callback(lambda: self.loop.wait(self.front.close))
-        stack.callback(lambda: self.pool.close(0).result(20))
-        self.watched, self._ended = None, threading.Event()
-        self.pool.gate = self.gate
-        self.loop.call(self.gate, True)
+        self.server = FaaSServer(self.loop, lambda *_, **__: None)
+        self.open()
+        stack.callback(lambda: self.close(0).result(20))
+        self._ended = threading.Event()
         looker = threading.Thread(target=self.look)
         looker.start()
         stack.callback(looker.join)
         stack.callback(self._ended.set)
+
+    def open(self, revision=None, adopted=None):
+        self.pool = pool.Pool('test', logs.Log(str(self.folder / 'log')), self.around, revision)
+        self.server.add_listener(ADDRESS, 'test', self.pool, adopted)
+        self.group = self.server._listeners[ADDRESS].group
+
+    def close(self, within_s, hand_over=False):
+        return self.server.close_listener(ADDRESS, within_s, hand_over)
+
+    def restart(self, within_s=2):
+        """What a restart of faasd does: hand over, and adopt what goes on."""
+        revision = self.pool.revision
+        assert self.close(within_s, hand_over=True).result(20), 'nothing goes on'
+        ((record, container),) = self.containers.prepare(lambda record: record['revision'] == revision.number)
+        sock = self.containers.listener_of(record, container)
+        assert sock, 'it has no listener'
+        self.open(revision, Adopted(container, sock))
 
     def look(self):
         while not self._ended.wait(0.2):
@@ -96,20 +112,6 @@ class Function:
             for (_, uid), number in sock_diag.open_connections('fd00:faa5:1::/48', 80).items():
                 counts[uid] = number
             self.loop.call(self.pool.look, counts, now)
-
-    def gate(self, is_open):
-        fd = self.front.sock.fileno() if is_open else None
-        if self.watched not in (None, fd):
-            self.loop.unwatch(self.watched)
-            self.watched = None
-        if fd is not None and self.watched is None:
-            self.watched = fd
-            self.loop.watch(fd, self.accept)
-
-    def accept(self):
-        if self.pool.take():
-            with contextlib.suppress(BlockingIOError):
-                self.pool.dispatch(self.front.sock.accept()[0])
 
     def revision(self, number, how, text=None, ports=(), **more):
         tree = self.folder / str(number)
@@ -120,7 +122,7 @@ class Function:
 
     def deploy(self, number, *args, **more):
         instance = self.pool.start(self.revision(number, *args, **more))
-        self.pool.switch(instance)
+        self.pool.cut_over(instance)
         return instance
 
     def ask(self, timeout_s=10):
@@ -142,7 +144,8 @@ class Serving(inside.InHost):
     @inside.inside
     def test_one_that_listens_is_given_our_listener(self):
         function, instance = self.serves('serve(listen())')
-        self.assertEqual(('port 80', None), (instance.kind, instance.warning))
+        self.assertEqual(('port 80', None), (instance.description, instance.warning))
+        self.assertEqual(ServingMode.LISTENING, instance.mode)
         self.assertEqual(('running', None), function.pool.status())
 
     @inside.inside
@@ -208,7 +211,7 @@ class Serving(inside.InHost):
             function.pool.start(function.revision(1, how, **more))
         if hint:
             self.assertIn(hint, caught.exception.hint)
-        lab.wait_until(lambda: not function.pool._instances, 10, 'its end')
+        lab.wait_until(lambda: not function.pool.instances, 10, 'its end')
         return caught.exception
 
     @inside.inside
@@ -277,7 +280,8 @@ class Serving(inside.InHost):
             '        _, ancillary, _, _ = control.recvmsg(1024, socket.CMSG_LEN(4))\n'
             '    answer(socket.socket(fileno=array.array("i", ancillary[0][2])[0]))'
         )
-        self.assertEqual('/control.sock', instance.kind)
+        self.assertEqual('/control.sock', instance.description)
+        self.assertEqual(ServingMode.CONTROL, instance.mode)
 
     @inside.inside
     def test_one_connection_for_each_process(self):
@@ -307,7 +311,7 @@ class Serving(inside.InHost):
             'while True:\n    with socket.socket() as s: s.bind(("127.0.0.1", 0)); s.listen()',
         )
         began = time.monotonic()
-        instance = flood.pool._make(flood.revision(2, 'serve(listen())'), trial=True)
+        instance = flood.pool._make(flood.pool, flood.revision(2, 'serve(listen())'), True)
         flood.loop.call(flood.pool._try, instance)
         instance.up.result(10)
         self.assertLess(time.monotonic() - began, 5)
@@ -360,33 +364,33 @@ class Serving(inside.InHost):
         with contextlib.suppress(OSError):  # who was accepted has the same options, and keeps others from the address
             function.deploy(2, 'serve(listen())')
         self.assertIn('revision', function.ask())
-        function.pool.close(1).result(10)
+        function.close(1).result(10)
 
     @inside.inside
     def test_one_that_cannot_be_steered_away_from_is_ended_all_the_same(self):
         function, instance = self.serves('serve(listen())')
 
-        def fork():
+        def add():
             raise OSError(98, 'Address already in use')
 
-        function.front.fork = fork
+        function.group.add = add
         with self.assertRaisesRegex(pool.StartFailed, 'Address already in use'):
             function.pool.start(function.revision(2, 'serve(listen())'))
-        function.loop.wait(function.pool._rest, instance)
+        function.loop.wait(function.pool._scale_to_zero)
         self.assertEqual(('running', None), function.pool.status())
-        function.pool.close(1).result(10)
-        self.assertEqual('dead', instance.state)
+        function.close(1).result(10)
+        self.assertEqual(InstanceState.DEAD, instance.state)
 
     @inside.inside
     def test_no_descriptor_leaks(self):
         function, _ = self.serves('serve(listen(socket.AF_INET, "0.0.0.0"))', 'revision 1 ')
-        lab.wait_until(lambda: len(function.pool._instances) == 1, 20, 'one instance')
+        lab.wait_until(lambda: len(function.pool.instances) == 1, 20, 'one instance')
         before = len(os.listdir('/proc/self/fd'))
         for number in range(2, 6):
             function.deploy(number, 'socks = [listen(socket.AF_INET, "0.0.0.0"), listen()]; serve(socks[1])')
             with self.assertRaises(pool.StartFailed):
                 function.pool.start(function.revision(number + 10, 'sys.exit(1)'))
-        lab.wait_until(lambda: len(function.pool._instances) == 1, 30, 'one instance')
+        lab.wait_until(lambda: len(function.pool.instances) == 1, 30, 'one instance')
         lab.wait_until(lambda: len(os.listdir('/proc/self/fd')) <= before, 10, f'no more than {before} descriptors')
 
     @inside.inside
@@ -403,9 +407,9 @@ class Serving(inside.InHost):
         shut.touch()
         with contextlib.suppress(OSError):  # it may look for the file before it answers
             function.ask()
-        lab.wait_until(lambda: not listeners.listens(function.front.sock), 5, 'the shutdown')
+        lab.wait_until(lambda: not listeners.listens(function.group.current), 5, 'the shutdown')
         shut.unlink()
-        lab.wait_until(lambda: listeners.listens(function.front.sock), 5, 'its revival')
+        lab.wait_until(lambda: listeners.listens(function.group.current), 5, 'its revival')
         self.assertEqual(self.ANSWER, function.ask())
 
 
@@ -420,7 +424,7 @@ class Turns(inside.InHost):
         )
         with concurrent.futures.ThreadPoolExecutor(20) as clients:
             answers = [clients.submit(function.ask) for _ in range(20)]
-            lab.wait_until(lambda: listeners.queued(function.front.sock) == 20, 5, 'the queue')
+            lab.wait_until(lambda: listeners.queued(function.group.current) == 20, 5, 'the queue')
             (function.folder / '1' / 'go').touch()
             os.kill(instance._container.pid, signal.SIGKILL)
             answers = [each.result(20) for each in answers]
@@ -451,20 +455,13 @@ class Turns(inside.InHost):
             thread.join()
         self.assertEqual(([], 0), (failed, asked.count('')))
         self.assertGreater(len(asked), 100)
-        lab.wait_until(lambda: len(function.pool._instances) == 1, 20, 'the former ones to end')
-        self.assertEqual(1, len(function.front._order))
+        lab.wait_until(lambda: len(function.pool.instances) == 1, 20, 'the former ones to end')
+        self.assertEqual(1, len(function.group._order))
 
     @inside.inside
     def test_two_redeploys_while_one_answers_and_would_end_with_its_listener(self):
         function = Function(self.stack)
-        instance = function.deploy(
-            1,
-            'def slow(connection):\n    time.sleep(3)\n    answer(connection)\n'
-            'sock = listen()\nwhile True:\n'
-            '    try: connection = sock.accept()[0]\n'
-            '    except OSError: os._exit(1)\n'
-            '    threading.Thread(target=slow, args=(connection,)).start()',
-        )
+        instance = function.deploy(1, ENDS_WITH_ITS_LISTENER.replace('SLOW_S', '3'))
         with concurrent.futures.ThreadPoolExecutor() as clients:
             slow = clients.submit(function.ask)
             lab.wait_until(lambda: function.pool.connections_of(instance._container), 5, 'the connection')
@@ -478,7 +475,7 @@ class Turns(inside.InHost):
         function = Function(self.stack, idle_timeout_s=0.5)
         function.deploy(1, 'signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); serve(listen())')
         lab.wait_until(lambda: function.pool.status() == ('idle', None), 10, 'its rest')
-        lab.wait_until(lambda: not function.pool._instances, 10, 'its end')
+        lab.wait_until(lambda: not function.pool.instances, 10, 'its end')
         self.assertEqual(f'revision 1 {ADDRESS}', function.ask())
         lab.wait_until(lambda: function.pool.status() == ('running', None), 5, 'the word of it')
 
@@ -493,11 +490,107 @@ class Turns(inside.InHost):
             '    connection.recv(999)\n'
             '    connection.sendall(b"HTTP/1.0 200 OK\\r\\n\\r\\nhandler")\n'
         )
-        function.pool.switch(function.pool.start(pool.Revision(2, str(tree), inside.SPEC, str(tree))))
+        function.pool.cut_over(function.pool.start(pool.Revision(2, str(tree), inside.SPEC, str(tree))))
         self.assertEqual(['handler'] * 3, [function.ask() for _ in range(3)])
-        lab.wait_until(lambda: len(function.pool._instances) == 1, 20, 'the end of the former')
+        lab.wait_until(lambda: len(function.pool.instances) == 1, 20, 'the end of the former')
         function.deploy(3, 'serve(listen())')
         self.assertEqual([f'revision 3 {ADDRESS}'] * 3, [function.ask() for _ in range(3)])
+
+
+# Ends when its listener is shut down, as log.Fatal(http.ListenAndServe(…)) does. Answers after SLOW_S.
+ENDS_WITH_ITS_LISTENER = (
+    'def slow(connection):\n    time.sleep(SLOW_S)\n    answer(connection)\n'
+    'sock = listen()\nwhile True:\n'
+    '    try: connection = sock.accept()[0]\n'
+    '    except OSError: os._exit(1)\n'
+    '    threading.Thread(target=slow, args=(connection,)).start()'
+)
+
+
+class Restarts(inside.InHost):
+    """Of faasd, while an instance listens by itself."""
+
+    def owned(self, function):
+        """Assert that the instance that serves has the listener that connections are steered to."""
+        serving = function.pool._serving
+        self.assertIs(function.group.current, serving.listener)
+
+    @inside.inside
+    def test_clients_that_wait_start_nothing_at_the_adopted_listener(self):
+        function = Function(self.stack)
+        function.deploy(1, 'sock = listen()\nwhile not os.path.exists("/function/go"): time.sleep(0.01)\nserve(sock)')
+        with concurrent.futures.ThreadPoolExecutor(8) as clients:
+            answers = [clients.submit(function.ask) for _ in range(8)]
+            lab.wait_until(lambda: listeners.queued(function.group.current) == 8, 5, 'the queue')
+            function.restart()
+            self.owned(function)
+            starting = function.pool._starting
+            self.assertIsNot(function.group.current, starting and starting.listener)
+            lab.wait_until(lambda: function.pool._serving.mode == ServingMode.LISTENING, 10, 'the next instance')
+            self.owned(function)
+            (function.folder / '1' / 'go').touch()
+            self.assertEqual([f'revision 1 {ADDRESS}'] * 8, [each.result(20) for each in answers])
+        self.assertEqual(f'revision 1 {ADDRESS}', function.ask())
+
+    @inside.inside
+    def test_restarts_under_load_lose_nothing(self):
+        function = Function(self.stack)
+        function.deploy(1, 'serve(listen())')
+        failed, asked, going = [], [], threading.Event()
+
+        def load():
+            while not going.is_set():
+                try:
+                    asked.append(function.ask())
+                except OSError as error:
+                    failed.append(error)
+
+        threads = [threading.Thread(target=load) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for pause_s in (0, 0.2, 0.5, 1, 1.5, 0.1):  # before the next instance serves, while the former drains, after it
+            count = len(asked)
+            function.restart()
+            self.owned(function)
+            lab.wait_until(lambda count=count: len(asked) > count + 20, 10, 'answers')
+            time.sleep(pause_s)
+        lab.wait_until(lambda: function.pool._serving.mode == ServingMode.LISTENING, 10, 'the next instance')
+        self.owned(function)
+        going.set()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(([], 0), (failed, asked.count('')))
+        lab.wait_until(lambda: len(function.pool.instances) == 1, 20, 'the former ones to end')
+
+    @inside.inside
+    def test_what_a_replaced_instance_answers_outlives_a_hand_over_and_a_removal(self):
+        for hand_over in (True, False):
+            with self.subTest(hand_over=hand_over), contextlib.ExitStack() as self.stack:
+                function = Function(self.stack)
+                instance = function.deploy(1, ENDS_WITH_ITS_LISTENER.replace('SLOW_S', '3'))
+                with concurrent.futures.ThreadPoolExecutor() as clients:
+                    slow = clients.submit(function.ask)
+                    holds = functools.partial(function.pool.connections_of, instance._container)
+                    lab.wait_until(holds, 5, 'the connection')
+                    function.deploy(2, 'serve(listen())')
+                    self.assertEqual(InstanceState.DRAINING, instance.state)
+                    if hand_over:
+                        function.restart(10)
+                        self.assertEqual(f'revision 2 {ADDRESS}', function.ask())
+                    else:
+                        self.assertFalse(function.close(10).result(15))
+                    self.assertEqual(f'revision 1 {ADDRESS}', slow.result())
+
+    @inside.inside
+    def test_a_handler_goes_not_on(self):
+        function = Function(self.stack)
+        tree = function.folder / '1'
+        tree.mkdir()
+        (tree / 'handler.py').write_text('def handle(connection, address):\n    pass\n')
+        function.pool.cut_over(function.pool.start(pool.Revision(1, str(tree), inside.SPEC, str(tree))))
+        self.assertFalse(function.close(2, hand_over=True).result(10))
+        with self.assertRaises(ConnectionRefusedError):
+            function.ask()
 
 
 class Candidates(unittest.TestCase):

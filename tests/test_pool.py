@@ -13,9 +13,15 @@ import unittest
 from unittest import mock
 
 from handlers.containers import logs, protocol
-from handlers.serving import instance, pool
+from handlers.serving import instance, pool, scaler
+from handlers.serving.connection import progress
+from handlers.serving.instance import InstanceState
 from handlers.serving.loop import Loop
+from handlers.serving.server import FaaSServer
+from host import process
 from tests import inside, lab
+
+ADDRESS = 'fd00:faa5:1::a'
 
 # Says its name. A request of "slow" waits until the file `go` is there, "half" answers a part and then waits, "die"
 # reads and dies, "listen" turns the connection into a listener and ends.
@@ -54,7 +60,7 @@ class Progress(unittest.TestCase):
         self.addCleanup(self.held.close)
 
     def see(self, *expected):
-        lab.wait_until(lambda: pool.progress(self.held) == expected, 5, f'{expected}, not {pool.progress(self.held)}')
+        lab.wait_until(lambda: progress(self.held) == expected, 5, f'{expected}, not {progress(self.held)}')
 
     def test_nothing_and_what_waits_unread_are_untouched(self):
         self.see(False, False)
@@ -92,9 +98,9 @@ class Progress(unittest.TestCase):
 
 
 class Function:
-    """A pool with its listener, as FaaSServer has it, in a host."""
+    """A pool behind a real FaaSServer, in a host."""
 
-    def __init__(self, stack, start_timeout_s=10):
+    def __init__(self, stack, start_timeout_s=10, deployed=False):
         self.events, self.stack = [], stack
         self.folder = pathlib.Path(f'/var/lib/functions/{os.urandom(4).hex()}')
         self.folder.mkdir(parents=True)
@@ -105,30 +111,23 @@ class Function:
         around = pool.Surroundings(
             self.loop, prepared, logs.LogCopier(), workers, self.note, start_timeout_s, forget=shutil.rmtree
         )
-        self.pool = pool.Pool('test', logs.Log(str(self.folder / 'log')), around)
-        stack.callback(lambda: self.pool.close(0).result(20))
-        self.listener = stack.enter_context(socket.create_server(('::1', 0), family=socket.AF_INET6))
-        self.listener.setblocking(False)
-        self.gates, self.is_open = [], False
-        self.pool.gate = self.gate
-        self.loop.call(self.gate, True)
+        live = self.revision(1) if deployed else None
+        self.pool = pool.Pool('test', logs.Log(str(self.folder / 'log')), around, live)
+        self.server = FaaSServer(self.loop, lambda *_, **__: None)
+        process.run(['ip', '-6', 'address', 'replace', f'{ADDRESS}/128', 'dev', 'lo', 'nodad'])
+        self.server.add_listener(ADDRESS, 'test', self.pool)
+        self.listener = self.server._listeners[ADDRESS]
+        stack.callback(lambda: self.close(0).result(20))
+
+    def close(self, within_s):
+        return self.server.close_listener(ADDRESS, within_s)
 
     def note(self, area, text, name=None, problem=False):
         self.events.append((time.monotonic(), text))
 
-    def gate(self, is_open):
-        self.gates.append(is_open)
-        if is_open != self.is_open:
-            self.is_open = is_open
-            if is_open:
-                self.loop.watch(self.listener.fileno(), self.accept)
-            else:
-                self.loop.unwatch(self.listener.fileno())
-
-    def accept(self):
-        if self.pool.take():
-            with contextlib.suppress(BlockingIOError):
-                self.pool.dispatch(self.listener.accept()[0])
+    @property
+    def accepts(self):
+        return self.listener._watched is not None
 
     def revision(self, number, source=None):
         folder = self.folder / str(number)
@@ -138,11 +137,11 @@ class Function:
 
     def deploy(self, number, source=None):
         instance = self.pool.start(self.revision(number, source))
-        self.pool.switch(instance)
+        self.pool.cut_over(instance)
         return instance
 
     def connect(self, request=b'hi'):
-        client = self.stack.enter_context(socket.create_connection(self.listener.getsockname()[:2]))
+        client = self.stack.enter_context(socket.create_connection((ADDRESS, 80)))
         client.settimeout(15)
         client.sendall(request)
         return client
@@ -173,7 +172,7 @@ class Serving(inside.InHost):
         function.holds(first, 1)
         function.deploy(2)
         self.assertEqual('revision 2', function.ask())
-        self.assertEqual('stopping', first.state)
+        self.assertEqual(InstanceState.STOPPING, first.state)
         self.assertTrue((function.folder / '1').exists())  # it may still import from it
         function.go(first)
         self.assertEqual(b'revision 1', inside.read_all(slow))
@@ -187,7 +186,7 @@ class Serving(inside.InHost):
         function = Function(self.stack)
         late = function.pool.start(function.revision(1))
         function.deploy(2)
-        function.pool.switch(late)
+        function.pool.cut_over(late)
         self.assertEqual('revision 2', function.ask())
         late.gone.result(10)
         self.assertEqual(('running', None), function.pool.status())
@@ -195,14 +194,14 @@ class Serving(inside.InHost):
     @inside.inside
     def test_an_instance_holds_no_more_than_its_share(self):
         function = Function(self.stack)
-        with mock.patch.object(instance, 'MOST_CONNECTIONS', 2):
+        with mock.patch.object(instance, 'INSTANCE_MAX_CONNECTIONS', 2):
             serving = function.deploy(1)
             slow = [function.connect(b'slow') for _ in range(3)]
             function.holds(serving, 2)
-            lab.wait_until(lambda: not function.is_open, 5, 'the gate to close')
+            lab.wait_until(lambda: not function.accepts, 5, 'accepting to end')
             function.go(serving)
             self.assertEqual([b'revision 1'] * 3, [inside.read_all(client) for client in slow])
-            lab.wait_until(lambda: function.is_open, 5, 'the gate to open')
+            lab.wait_until(lambda: function.accepts, 5, 'accepting')
 
     @inside.inside
     def test_a_runtime_that_does_not_read_loses_no_connection(self):
@@ -224,7 +223,7 @@ class Serving(inside.InHost):
                 instance = function.deploy(1)
                 slow = function.connect(b'slow')
                 function.holds(instance, 1)
-                done = function.pool.close(within_s)
+                done = function.close(within_s)
                 with self.assertRaises(TimeoutError):
                     done.result(0.15)
                 if answer:
@@ -254,7 +253,7 @@ class Deaths(inside.InHost):
         read, half = function.connect(b'slow'), function.connect(b'half')
         self.assertEqual(b'ha', half.recv(2))
         function.holds(instance, 2)
-        lab.wait_until(lambda: all(pool.progress(c)[0] for c in instance.connections.values()), 5, 'both to be read')
+        lab.wait_until(lambda: all(progress(c)[0] for c in instance.connections.values()), 5, 'both to be read')
         function.end(instance)
         self.assertEqual(protocol.BAD_GATEWAY, inside.read_all(read))
         with self.assertRaises(ConnectionResetError):
@@ -263,7 +262,7 @@ class Deaths(inside.InHost):
     @inside.inside
     def test_a_connection_that_two_instances_died_with_is_given_up(self):
         function = Function(self.stack)
-        with mock.patch.object(pool, 'FIRST_DELAY_S', 0.01):
+        with mock.patch.object(scaler, 'CRASH_FIRST_DELAY_S', 0.01):
             first = function.deploy(1)
             (function.folder / '1' / 'handler.py').write_text(
                 'import os\ndef handle(connection, address):\n    os.kill(os.getpid(), 9)\n'
@@ -286,7 +285,7 @@ class Deaths(inside.InHost):
     def test_one_that_dies_young_again_and_again_is_started_ever_later(self):
         function = Function(self.stack)
         function.deploy(1)
-        with mock.patch.object(pool, 'FIRST_DELAY_S', 0.05):
+        with mock.patch.object(scaler, 'CRASH_FIRST_DELAY_S', 0.05):
             for _ in range(4):
                 function.ask(b'die')
         lab.wait_until(lambda: len(function.events) == 4, 5, 'four ends')
@@ -301,13 +300,13 @@ class Deaths(inside.InHost):
     @inside.inside
     def test_one_that_grew_old_is_replaced_at_once_and_well_again(self):
         function = Function(self.stack)
-        with mock.patch.object(pool, 'YOUNG_S', 0.2):
+        with mock.patch.object(scaler, 'CRASH_AGE_S', 0.2):
             first = function.deploy(1)
             function.ask(b'die')
             lab.wait_until(lambda: function.pool.status()[0] == 'crashing', 5, 'crashing')
             self.assertEqual('revision 1', function.ask())
             lab.wait_until(lambda: function.pool.status() == ('running', None), 5, 'running')
-        self.assertEqual('dead', first.state)
+        self.assertEqual(InstanceState.DEAD, first.state)
 
     @inside.inside
     def test_what_became_of_its_connections_does_not_keep_it_from_ending(self):
@@ -336,7 +335,7 @@ class Deaths(inside.InHost):
     @inside.inside
     def test_one_that_is_on_its_way_gives_way_to_a_new_revision(self):
         function = Function(self.stack)
-        with mock.patch.object(pool, 'FIRST_DELAY_S', 0.01):
+        with mock.patch.object(scaler, 'CRASH_FIRST_DELAY_S', 0.01):
             function.deploy(1)
             slow = 'import time\ntime.sleep(3)\n'
             pathlib.Path(function.pool.revision.folder, 'handler.py').write_text(slow + SOURCE % 'late')
@@ -345,15 +344,15 @@ class Deaths(inside.InHost):
             lab.wait_until(lambda: function.pool._starting, 5, 'the next')
             function.deploy(2)
         self.assertEqual(b'revision 2', inside.read_all(client))
-        lab.wait_until(lambda: len(function.pool._instances) == 1, 10, 'the late one to go')
+        lab.wait_until(lambda: len(function.pool.instances) == 1, 10, 'the late one to go')
         self.assertEqual('revision 2', function.ask())
 
     @inside.inside
     def test_a_thousand_deaths_do_not_end_the_trying(self):
         function = Function(self.stack)
         function.deploy(1)
-        function.pool._failures = 5000
-        with mock.patch.object(pool, 'LAST_DELAY_S', 0.2):
+        function.pool._scaler._failures = 5000
+        with mock.patch.object(scaler, 'CRASH_LAST_DELAY_S', 0.2):
             function.ask(b'die')
             self.assertEqual('revision 1', function.ask())
 
@@ -387,13 +386,13 @@ class Starting(inside.InHost):
         none_left = mock.patch.object(protocol, 'pair', side_effect=OSError(24, 'Too many open files'))
         with none_left, self.assertRaisesRegex(pool.StartFailed, 'Too many open files'):
             function.pool.start(revision)
-        function.pool.switch(function.pool.start(revision))
+        function.pool.cut_over(function.pool.start(revision))
         self.assertEqual('revision 1', function.ask())
 
     @inside.inside
     def test_in_a_closed_pool_nothing_starts(self):
         function = Function(self.stack)
-        function.pool.close(5).result(5)
+        function.close(5).result(5)
         with self.assertRaisesRegex(pool.StartFailed, 'shut down'):
             function.pool.start(function.revision(1))
 
@@ -403,7 +402,7 @@ class Starting(inside.InHost):
         function.deploy(1)
         instance = function.pool.start(function.revision(2))
         function.pool.discard(instance)
-        self.assertEqual('dead', instance.state)
+        self.assertEqual(InstanceState.DEAD, instance.state)
         self.assertEqual('revision 1', function.ask())
 
     @inside.inside
@@ -412,13 +411,12 @@ class Starting(inside.InHost):
         instance = function.pool.start(function.revision(1))
         function.end(instance)
         instance.gone.result(10)
-        function.pool.switch(instance)
+        function.pool.cut_over(instance)
         self.assertEqual('revision 1', function.ask())
 
     @inside.inside
     def test_without_a_running_one_the_first_connection_starts_it(self):
-        function = Function(self.stack)
-        function.pool.revision = function.revision(1)
+        function = Function(self.stack, deployed=True)
         self.assertEqual(('idle', None), function.pool.status())
         self.assertEqual('revision 1', function.ask())
         self.assertEqual(('running', None), function.pool.status())

@@ -267,9 +267,10 @@ class Containers:
     def _remove_cgroups(self):
         for where in self._cgroups():
             with contextlib.suppress(OSError):
-                for entry in os.scandir(where):
-                    if entry.is_dir(follow_symlinks=False):
-                        os.rmdir(entry.path)
+                with os.scandir(where) as entries:
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            os.rmdir(entry.path)
                 os.rmdir(where)
 
     def _out_of_memory(self, ident):

@@ -1,22 +1,27 @@
 """Instance: one container of a revision, from its start to its end; what holds a function's sockets.
 
-Everything here runs in the accept loop's thread and never blocks, but for the methods that say so.
+Everything here runs in the loop's thread and never blocks, but for the methods that say so.
 """
 
 import concurrent.futures
 import contextlib
+import enum
 import os
+import socket
 import time
 import traceback
+from collections.abc import Callable
 from typing import NamedTuple
 
 from handlers.containers import protocol
-from handlers.containers.containers import ContainerError
+from handlers.containers.containers import Container, ContainerError
 from handlers.containers.logs import LogPipe
 from host.errors import FaasError
 
-MOST_CONNECTIONS = 1024  # handed to one instance at a time; more wait in the listener's backlog
-MOST_MESSAGES = 256  # of one instance before the others have their turn
+INSTANCE_MAX_CONNECTIONS = 1024  # handed to one instance at a time; more wait in the listener's backlog
+MESSAGES_PER_TURN = 256  # of one instance before the others have their turn
+FULL_CHANNEL_RETRY_S = 0.005
+CLOSED_CHANNEL_MAX_S = 1  # how long an instance may live without a channel: most often it is ending by itself
 
 
 class StartFailed(FaasError):
@@ -24,25 +29,61 @@ class StartFailed(FaasError):
 
     status = 422
 
-    def __init__(self, reason, log=(), hint=None):
+    def __init__(self, reason: str, log=(), hint: str | None = None) -> None:
         super().__init__(reason, hint)
         self.log = list(log)
+
+
+class TransitionError(RuntimeError):
+    """An instance cannot go from the one state to the other: a fault in this program."""
+
+
+class InstanceState(enum.Enum):
+    """STARTING until it can serve; DRAINING once new connections go elsewhere, while it takes what waits for it.
+
+    STOPPING once it was told to end. DEAD when it has ended, or is no longer this program's.
+    """
+
+    STARTING = 'starting'
+    READY = 'ready'
+    DRAINING = 'draining'
+    STOPPING = 'stopping'
+    DEAD = 'dead'
+
+
+TRANSITIONS = {
+    InstanceState.STARTING: {InstanceState.READY, InstanceState.STOPPING, InstanceState.DEAD},
+    InstanceState.READY: {InstanceState.DRAINING, InstanceState.STOPPING, InstanceState.DEAD},
+    InstanceState.DRAINING: {InstanceState.STOPPING, InstanceState.DEAD},
+    InstanceState.STOPPING: {InstanceState.DEAD},
+    InstanceState.DEAD: set(),
+}
+
+
+class ServingMode(enum.Enum):
+    """How an instance gets its connections."""
+
+    HANDLER = 'handler'  # we accept and hand each over by the channel of runtime.py
+    CONTROL = 'control'  # we accept and hand one to whoever has connected to /control.sock
+    LISTENING = 'listening'  # it accepts by itself at the listener that its listen() was answered with
+    ADOPTED = 'adopted'  # LISTENING, started by a faasd that is no more: nobody answers its listen() now
 
 
 class Surroundings(NamedTuple):
     """What every pool of a server shares."""
 
     loop: object  # call(f, *args) and wait(f, *args) from any thread, later(s, f, *args), watch(fd, f), unwatch(fd)
-    containers: object  # handlers.container.Containers
-    copier: object  # handlers.container.LogCopier
+    containers: object  # handlers.containers.containers.Containers
+    copier: object  # handlers.containers.logs.LogCopier
     workers: concurrent.futures.Executor
-    emit: object  # emit(area, text, name=, problem=)
+    emit: Callable  # emit(area, text, name=, problem=)
     start_timeout_s: float
-    injector: object = None  # handlers.injection.Injector
-    forget: object = None  # forget(folder): delete the files of a revision. May block
+    injector: object = None  # handlers.serving.injection.Injector
+    forget: Callable[[str], object] | None = None  # forget(folder): delete the files of a revision. May block
     stop_timeout_s: float = 10
     idle_timeout_s: float = 0  # 0: never
     gateway: str = '::1'  # whose port a probe comes from
+    clock: Callable[[], float] = time.monotonic
 
 
 class Revision(NamedTuple):
@@ -55,29 +96,85 @@ class Revision(NamedTuple):
 
 
 class Instance:
-    """States: starting, ready, stopping, dead."""
+    """What every kind of instance has in common. `pool` is told what happens to it."""
 
-    listener = None  # the listening socket (borrowed) that it serves by itself, or may
-    warning = hint = None  # for the person who deploys it
+    warning: str | None = None  # for the person who deploys it
+    hint: str | None = None
 
-    def __init__(self, pool, revision, trial=False):
+    def __init__(self, pool: object, revision: Revision, trial: bool = False) -> None:
         self.pool, self.revision, self.trial = pool, revision, trial
-        self.state, self.kind = 'starting', None
-        self.connections = {}  # number → our duplicate, until the instance is done with it
-        self.most = revision.spec.concurrency or MOST_CONNECTIONS
-        self.born = time.monotonic()
+        self.state = InstanceState.STARTING
+        self.mode: ServingMode | None = None  # None until it is known
+        self.description: str | None = None  # the same in words, for a person
+        self.listener: socket.socket | None = None  # borrowed: where it listens by itself, or may
+        self.connections: dict[int, socket.socket] = {}  # our duplicates, until the instance is done with each
+        self.max_connections = revision.spec.concurrency or INSTANCE_MAX_CONNECTIONS
         self.up = concurrent.futures.Future()  # the instance itself once it is ready, else StartFailed
         self.gone = concurrent.futures.Future()
-        self._reason = self._container = self._pipe = None
         self._around = pool.around
-        self.start_timeout_s = revision.spec.start_timeout_s or self._around.start_timeout_s
+        self._born = self._around.clock()
+        self._reason = self._container = self._pipe = None
+        self._start_timeout_s = revision.spec.start_timeout_s or self._around.start_timeout_s
 
-    def begin(self):
+    def __repr__(self) -> str:
+        return f'<{type(self).__name__} of revision {self.revision.number}, {self.state.value}>'
+
+    def become(self, state: InstanceState) -> None:
+        """Change the state. Raises TransitionError."""
+        if state not in TRANSITIONS[self.state]:
+            raise TransitionError(f'{self!r} cannot become {state.value}')
+        self.state = state
+
+    @property
+    def listens_itself(self) -> bool:
+        """True if the kernel connects clients to it, and nobody else may accept at its listener."""
+        return self.mode in (ServingMode.LISTENING, ServingMode.ADOPTED)
+
+    @property
+    def can_listen(self) -> bool:
+        """True if it needs a listener at its start."""
+        return False
+
+    def use_listener(self, listener: socket.socket) -> None:
+        """Serve `listener` (borrowed), should it listen by itself. Before begin()."""
+        self.listener = listener
+
+    def takes(self) -> bool:
+        """True if a connection that is accepted now would be taken at once."""
+        raise NotImplementedError
+
+    def send(self, connection: socket.socket) -> bool:
+        """Hand over `connection` (consumed). False when it takes no more at the moment; the caller keeps it then."""
+        raise NotImplementedError
+
+    def stop(self, idle_s: float, within_s: float) -> None:
+        """Let it finish what it holds, close idle connections after idle_s, and kill what remains after within_s."""
+        raise NotImplementedError
+
+    def told_s(self) -> float:
+        """For how long it has known that it is to end."""
+        return 0
+
+    def ended_well(self, reason: str) -> bool:
+        """True if an end for that reason is none that the function should be blamed for."""
+        return False
+
+    def begin(self) -> None:
+        """Start it."""
         self._around.workers.submit(self._launch)
+
+    def fail(self, reason: str) -> None:
+        """End it before begin()."""
+        self._ended(reason)
+
+    def drain(self) -> None:
+        """New connections go elsewhere; it takes what waits for it."""
+        if self.state == InstanceState.READY:
+            self.become(InstanceState.DRAINING)
 
     def _launch(self):
         """In a worker thread: everything that waits for runc."""
-        self.born = time.monotonic()
+        self._born = self._around.clock()
         try:
             with contextlib.ExitStack() as kept, contextlib.ExitStack() as lent:
                 self._pipe = LogPipe(self.pool.log)
@@ -96,36 +193,32 @@ class Instance:
     def _launched(self, container):
         self._container = container
         self._around.loop.watch(container.pidfd, self._exited)
-        self._around.loop.later(max(0, self.start_timeout_s - self.age_s()), self._check_up)
+        self._around.loop.later(max(0, self._start_timeout_s - self.age_s()), self._check_up)
         if self._reason:
             container.kill()
 
-    def age_s(self):
-        return time.monotonic() - self.born
+    def age_s(self) -> float:
+        return self._around.clock() - self._born
 
     def _check_up(self):
-        if self.state == 'starting':
+        if self.state == InstanceState.STARTING:
             self.kill(*self._not_up())
 
     def _not_up(self):
         limit = 'start_timeout of faas.toml' if self.revision.spec.start_timeout_s else 'FAAS_START_TIMEOUT'
-        return f'not ready within {self.start_timeout_s:g} s ({limit})', None
+        return f'not ready within {self._start_timeout_s:g} s ({limit})', None
 
-    def kill(self, reason, hint=None):
+    def kill(self, reason: str, hint: str | None = None) -> None:
         """End it now; what it holds is sorted out when its end is seen."""
         if not self._reason:
             self._reason, self.hint = reason, hint
         if self._container:
             self._container.kill()
 
-    def ended_well(self, reason):
-        """True if an end for that reason is none that the function should be blamed for."""
-        return False
-
-    def _is_up(self, kind):
-        self.kind = kind
-        if self.state == 'starting':
-            self.state = 'ready'
+    def _is_up(self, mode, description):
+        self.mode, self.description = mode, description
+        if self.state == InstanceState.STARTING:
+            self.become(InstanceState.READY)
             self.up.set_result(self)
             self.pool.ready(self)
 
@@ -136,7 +229,7 @@ class Instance:
         orphans, self.connections = list(self.connections.values()), {}
         self.pool.orphaned(orphans)
 
-    def _bury(self, container):
+    def _bury(self, container: Container):
         """In a worker thread: what waits for runc and for the last output."""
         try:
             reason = self._around.containers.remove(container)
@@ -148,7 +241,8 @@ class Instance:
         self._around.loop.call(self._ended, self._reason or reason)
 
     def _ended(self, reason):
-        before, self.state = self.state, 'dead'
+        before = self.state
+        self.become(InstanceState.DEAD)
         if not self.up.done():
             self.up.set_exception(StartFailed(reason, self._pipe.tail() if self._pipe else (), self.hint))
         try:
@@ -160,8 +254,8 @@ class Instance:
 class Handler(Instance):
     """A handler.py under runtime.py, which is handed each connection by its channel."""
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
+    def __init__(self, pool: object, revision: Revision, trial: bool = False) -> None:
+        super().__init__(pool, revision, trial)
         self._number = 0
         self._channel = None
         self._greeted = self._full = False
@@ -180,17 +274,15 @@ class Handler(Instance):
         self._channel = channel
         self._around.loop.watch(channel.fileno(), self._read)
         super()._launched(container)
-        if self.state == 'stopping':
+        if self.state == InstanceState.STOPPING:
             self._tell_stop(0)
 
-    def takes(self):
-        """True if a connection that is accepted now would be taken at once."""
-        return len(self.connections) < self.most
+    def takes(self) -> bool:
+        return len(self.connections) < self.max_connections
 
-    def stop(self, idle_s, within_s):
-        """Let it finish what it holds, close idle connections after idle_s, and kill what remains after within_s."""
-        if self.state in ('starting', 'ready'):
-            self.state = 'stopping'
+    def stop(self, idle_s: float, within_s: float) -> None:
+        if InstanceState.STOPPING in TRANSITIONS[self.state]:
+            self.become(InstanceState.STOPPING)
             self._tell_stop(idle_s)
         self._around.loop.later(within_s, self.kill, 'did not stop in time')
 
@@ -199,17 +291,13 @@ class Handler(Instance):
             with contextlib.suppress(OSError):
                 protocol.send_number(self._channel, protocol.STOP, int(idle_s))
 
-    def send(self, connection):
-        """Hand over `connection` (consumed).
-
-        False when the instance takes no more at the moment; the caller keeps it then.
-        """
+    def send(self, connection: socket.socket) -> bool:
         try:
             protocol.send_connection(self._channel, self._number, connection)
         except BlockingIOError:
             if not self._full:
                 self._full = True
-                self._around.loop.later(0.005, self._try_again)
+                self._around.loop.later(FULL_CHANNEL_RETRY_S, self._try_again)
             return False
         except OSError:  # it is about to be seen as dead
             return False
@@ -222,9 +310,9 @@ class Handler(Instance):
         self.pool.flush()
 
     def _read(self):
-        if not self._hear(MOST_MESSAGES):
+        if not self._hear(MESSAGES_PER_TURN):
             self._around.loop.unwatch(self._channel.fileno())
-            self._around.loop.later(1, self.kill, 'closed its channel to faasd')  # most often it is ending by itself
+            self._around.loop.later(CLOSED_CHANNEL_MAX_S, self.kill, 'closed its channel to faasd')
 
     def _hear(self, most):
         """Take in what the runtime has said; False when it has no more to say."""
@@ -251,8 +339,8 @@ class Handler(Instance):
             if message[1:] != bytes((protocol.VERSION,)):
                 raise protocol.ProtocolError('another version')
             self._greeted = True
-        elif kind == protocol.READY and self._greeted and self.kind is None:
-            self._is_up(text_of(message))
+        elif kind == protocol.READY and self._greeted and self.mode is None:
+            self._is_up(ServingMode.HANDLER, text_of(message))
         elif kind == protocol.FAILED and not self._reason:
             self._reason = text_of(message)
         else:
@@ -265,7 +353,7 @@ class Handler(Instance):
         super()._exited()
 
 
-def text_of(message):
+def text_of(message: bytes) -> str:
     """What a function says of itself, as one printable line."""
     text = message[1:].decode(errors='replace')
     return ''.join(letter if letter.isprintable() else '\ufffd' for letter in text)

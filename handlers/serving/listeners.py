@@ -1,8 +1,7 @@
 """The listening sockets of one function's address, and which of them the kernel gives the next connection.
 
 They are one SO_REUSEPORT group, whose sockets the kernel numbers in the order of their listen(). A classic BPF program
-names the number that gets everything. A group never has more than two: the front, and the one that is about to be it,
-or has been.
+names the number that gets everything. A group never has more than two: the current one, and the next or the former.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ SOURCE_END, SOURCE_PORT = SKF_NET_OFF + 20, SKF_NET_OFF + 40
 QUEUED_OFFSET = 24  # of tcpi_unacked in struct tcp_info, which for a listener is the length of its queue
 
 
-def bound(ipv6, mark):
+def bound(ipv6: str, mark: int) -> socket.socket:
     """A marked TCP socket bound to [ipv6]:80, which does not listen yet. Raises OSError."""
     sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
@@ -39,23 +38,23 @@ def bound(ipv6, mark):
     return sock
 
 
-def share(sock):
+def share(sock: socket.socket) -> None:
     """Let others of ours be bound to its address, too."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
-def queued(listener):
+def queued(listener: socket.socket) -> int:
     """How many connections wait to be accepted."""
     return struct.unpack_from('I', listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), QUEUED_OFFSET)[0]
 
 
-def listens(listener):
+def listens(listener: socket.socket) -> bool:
     """False after somebody who shares the socket has shut it down."""
     return bool(listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
-def steering(number, probe=None):
+def steering(number: int, probe: tuple[int, int, int] | None = None) -> bytes:
     """The program that chooses socket `number`; `probe`: (end of a source address, source port, number for these)."""
     code = []
     if probe:
@@ -71,27 +70,32 @@ def steering(number, probe=None):
     return b''.join(struct.pack('HBBI', *instruction) for instruction in code)
 
 
-def attach(listener, program):
+def attach(listener: socket.socket, program: bytes) -> None:
     buffer = ctypes.create_string_buffer(program)
     sock_fprog = struct.pack('HxxxxxxP', len(program) // 8, ctypes.addressof(buffer))
     listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, sock_fprog)
 
 
-class Front:
-    """The group of one address; `sock` is its front, `former` the one before it. Not for more than one thread."""
+class ListenerGroup:
+    """The listeners of one address. `current` gets new connections; `former` got them before.
 
-    def __init__(self, ipv6, mark, adopted=None):
-        """Listen; or go on with `adopted` (consumed), the front of a faasd that is no more. Raises OSError."""
+    Not for more than one thread. It owns its sockets, and lends them.
+    """
+
+    def __init__(self, ipv6: str, mark: int, adopted: socket.socket | None = None) -> None:
+        """Listen; or go on with `adopted` (consumed), what a faasd that is no more listened with. Raises OSError."""
         self.ipv6, self._mark = ipv6, mark
-        self.sock, self.former, self.former_is_empty = adopted or bound(ipv6, mark), None, False
-        self._next = None
-        self._order = [self.sock]  # as the kernel numbers them
+        self.current = adopted or bound(ipv6, mark)
+        self.former: socket.socket | None = None
+        self._former_is_done = False
+        self._next: socket.socket | None = None
+        self._order = [self.current]  # as the kernel numbers them
         try:
             self._reclaim()
-            self.sock.listen(BACKLOG)
+            self.current.listen(BACKLOG)
             self._attach()
         except BaseException:
-            self.sock.close()
+            self.current.close()
             raise
 
     def _reclaim(self):
@@ -105,16 +109,16 @@ class Front:
     def _attach(self, probe=None):
         if probe:
             probe = (*probe, self._order.index(self._next))
-        attach(self.sock, steering(self._order.index(self.sock), probe))
+        attach(self.current, steering(self._order.index(self.current), probe))
 
     @property
-    def may_fork(self):
-        """True when there is room for a next front: the one before this has nothing any more."""
-        return self._next is None and (self.former is None or self.former_is_empty)
+    def has_room(self) -> bool:
+        """True when a next listener can be added: the former one, if there is one, has nothing to do any more."""
+        return self._next is None and (self.former is None or self._former_is_done)
 
-    def fork(self):
-        """A socket that listens too, and gets nothing before it is the front, but for a probe. Raises OSError."""
-        self.retire()
+    def add(self) -> socket.socket:
+        """A next listener. It gets no connection, but for a probe, until it is cut over to. Raises OSError."""
+        self.close_former()
         self._reclaim()
         sock = bound(self.ipv6, self._mark)
         try:
@@ -126,26 +130,35 @@ class Front:
         self._order.append(sock)
         return sock
 
-    def probe(self, end, port):
-        """Connections from a source address with that last word, and that port, go to the fork meanwhile."""
-        if self._next:
+    def steer_probe(self, sock: socket.socket, end: int, port: int) -> None:
+        """Connections from a source address with that last word, and that port, go to `sock`, if it is the next."""
+        if sock is self._next:
             self._attach((end, port))
 
-    def drop(self, sock):
-        """Close a fork that will not be the front; also if somebody still has it."""
+    def remove_next(self, sock: socket.socket | None) -> None:
+        """Close the next listener, if it is `sock`; also if somebody still has it."""
         if sock and sock is self._next:
             self._next = None
             with contextlib.suppress(OSError):
                 self._attach()
             self._end(sock)
 
-    def steer(self, sock):
-        """Make the fork `sock` the front. What waits at the former one stays there, until `retire`."""
-        self.former, self.former_is_empty, self.sock, self._next = self.sock, False, sock, None
-        self._attach()
+    def cut_over(self, sock: socket.socket) -> None:
+        """Make the next listener `sock` the current one. What waits at the former one stays there.
 
-    def retire(self):
-        """Close the former front, also if somebody still has it."""
+        Raises OSError; nothing has changed then.
+        """
+        if sock is not self._next:
+            raise ValueError('that is not the next listener')
+        attach(self.current, steering(self._order.index(sock)))
+        self.former, self._former_is_done, self.current, self._next = self.current, False, sock, None
+
+    def former_is_done(self) -> None:
+        """The former listener may be closed as soon as there is need for its place."""
+        self._former_is_done = True
+
+    def close_former(self) -> None:
+        """Close the former listener, also if somebody still has it."""
         if self.former:
             former, self.former = self.former, None
             self._end(former)
@@ -157,26 +170,52 @@ class Front:
         with contextlib.suppress(OSError):
             self._attach()
 
-    def revive(self):
-        """Listen again after a function has shut the front down, which left the group by that."""
+    def queued(self) -> int:
+        """How many connections wait at the current listener."""
+        return queued(self.current)
+
+    def former_queued(self) -> int:
+        """How many connections wait at the former listener."""
+        return queued(self.former) if self.former else 0
+
+    def accept_former(self) -> socket.socket:
+        """A connection that waits at the former listener. Raises OSError."""
+        return self.former.accept()[0]
+
+    def revive(self) -> None:
+        """Listen again at the current listener, if a function has shut it down. Raises OSError."""
+        if listens(self.current):
+            return
         self._reclaim()
-        self.sock.listen(BACKLOG)
-        self._order.remove(self.sock)
-        self._order.append(self.sock)
+        self.current.listen(BACKLOG)
+        self._order.remove(self.current)  # the shutdown took it out of the group
+        self._order.append(self.current)
         self._attach()
 
-    def leave(self):
-        """Close what is ours of the front; who else has it goes on."""
-        self.drop(self._next)
-        self.retire()
-        self.sock.close()
+    def set_nonblocking(self) -> None:
+        """A server that shares the current listener may have wanted it otherwise."""
+        self.current.setblocking(False)
 
-    def close(self):
+    def detach(self) -> None:
+        """Close our copy of the current listener; whoever else has it goes on.
+
+        The former one stays until its instance has ended: a server may take its shutdown for its own end.
+        """
+        self.remove_next(self._next)
+        self.current.close()
+
+    def refuse(self) -> None:
+        """Listen no more, but for the former listener, whose instance may be finishing its work."""
+        self.remove_next(self._next)
+        end(self.current)
+
+    def close(self) -> None:
+        """Close what is left. After the end of every instance."""
         for sock in self._order:
             end(sock)
 
 
-def end(sock):
+def end(sock: socket.socket) -> None:
     """Close a listening socket so that it listens no more, whoever else holds it."""
     try:
         sock.shutdown(socket.SHUT_RDWR)

@@ -1,6 +1,7 @@
 """Loop: descriptors, timers and calls, all in one thread."""
 
 import collections
+import concurrent.futures
 import heapq
 import itertools
 import os
@@ -8,12 +9,13 @@ import select
 import threading
 import time
 import traceback
+from collections.abc import Callable
 
 
 class Loop:
     """One epoll loop in a thread of its own. Nothing that it runs may block."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._epoll, self._watched = select.epoll(), {}
         self._calls, self._timers, self._order = collections.deque(), [], itertools.count()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -22,31 +24,40 @@ class Loop:
         self._thread = threading.Thread(target=self._run, name='loop', daemon=True)
         self._thread.start()
 
-    def call(self, function, *args):
+    def call(self, function: Callable, *args) -> None:
         """Run it in the loop's thread soon. From any thread."""
         self._calls.append((function, args))
         os.eventfd_write(self._wake, 1)
 
-    def wait(self, function, *args):
-        """Run it in the loop's thread, and return when that is done. From any other thread."""
-        done = threading.Event()
-        self.call(function, *args)
-        self.call(done.set)
-        done.wait()
+    def wait(self, function: Callable, *args) -> object:
+        """Run it in the loop's thread and return what it returned, or raise what it raised. From any other thread."""
+        done = concurrent.futures.Future()
+        self.call(self._answer, done, function, args)
+        return done.result()
 
-    def later(self, delay_s, function, *args):
+    @staticmethod
+    def _answer(done, function, args):
+        try:
+            done.set_result(function(*args))
+        except BaseException as error:
+            done.set_exception(error)
+
+    def later(self, delay_s: float, function: Callable, *args) -> None:
+        """Run it in the loop's thread after `delay_s`. From the loop's thread."""
         heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._order), function, args))
 
-    def watch(self, fd, readable):
+    def watch(self, fd: int, readable: Callable[[], None]) -> None:
+        """Call `readable` in the loop's thread while `fd` can be read."""
         self._watched[fd] = readable
         self._epoll.register(fd, select.EPOLLIN)
 
-    def unwatch(self, fd):
+    def unwatch(self, fd: int) -> None:
         """Also of one that is not watched."""
         if self._watched.pop(fd, None):
             self._epoll.unregister(fd)
 
-    def stop(self):
+    def stop(self) -> None:
+        """End the thread. From any other thread."""
         self.call(setattr, self, '_running', False)
         self._thread.join()
         self._epoll.close()

@@ -1,441 +1,400 @@
 """Pool: the instances of one function, and which of them gets the next connection.
 
-Everything here runs in the accept loop's thread and never blocks, but for the methods that say so: those are for other
+Everything here runs in the loop's thread and never blocks, but for the methods that say so: those are for other
 threads.
 """
 
 import collections
 import concurrent.futures
 import contextlib
-import fcntl
 import socket
-import struct
-import termios
-import time
 import weakref
+from collections.abc import Callable
 
-from handlers.containers import protocol
 from handlers.containers.bundle import ID_RANGE
-from handlers.serving import listeners
-from handlers.serving.instance import Handler, Revision, StartFailed, Surroundings, text_of
-from handlers.serving.program import ADOPTED, GRACE_S, Program
+from handlers.containers.containers import Container
+from handlers.containers.logs import Log
+from handlers.serving import scaler
+from handlers.serving.connection import progress, refuse, reset
+from handlers.serving.instance import Instance, InstanceState, Revision, ServingMode, StartFailed, Surroundings
+from handlers.serving.instance_set import InstanceSet
+from handlers.serving.listeners import ListenerGroup
+from handlers.serving.program import Program, make_instance
+from handlers.serving.rollout import (
+    KEEPALIVE_IDLE_S,
+    REPLACED_INSTANCE_MAX_S,
+    ROLLOUT_POLL_S,
+    SHARED_LISTENER_MAX_S,
+    OwnerError,
+    Rollout,
+)
+from handlers.serving.scaler import Scaler
 
-__all__ = ['Pool', 'Revision', 'StartFailed', 'Surroundings', 'progress', 'text_of']
+__all__ = ['Pool', 'Revision', 'StartFailed', 'Surroundings']
 
-YOUNG_S = 10  # an instance that dies before this age is crashing: the next start waits
-FIRST_DELAY_S, LAST_DELAY_S = 0.5, 30
-# Of linux/tcp.h.
-TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE_WAIT = 1, 4, 5, 8
-TCP_CONNECTED = (TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE_WAIT)
-DRAIN_S = 600  # how long a replaced instance may take to finish what it holds
-IDLE_S = 30  # how long it keeps idle connections that were kept alive
-# A former front is done with when nothing came to it for so long: a client's last packet of the handshake may be on its
-# way. And how often that is looked at.
-QUIET_S, QUEUE_LOOK_S = 1, 0.02
-WANTED_S = 0.2  # how often a start that takes its time is asked whether anybody waits for it
+CLIENT_POLL_S = 0.2  # how often a start that takes its time is asked whether anybody waits for it
+DISCARDED_INSTANCE_MAX_S = 5  # how long an instance that never served may take to end
 
 
 class Pool:
     """The instances of one function. At most one serves; replaced ones finish what they hold."""
 
-    def __init__(self, name, log, around):
-        self.name, self.log, self.around = name, log, around
-        self.revision = None  # the live Revision
-        self.reason = None  # why the last instance ended that should not have
-        self.gate = lambda is_open: None  # the front's: False while nobody could take a connection
-        self.front = None  # handlers.listeners.Front
-        self._serving = self._starting = self._trial = self._draining = None
-        self._instances, self._replaced = set(), set()  # the folders of revisions that were replaced
-        self._pending = collections.deque()  # accepted, and nobody's yet
+    def __init__(
+        self,
+        name: str,
+        log: Log,
+        around: Surroundings,
+        revision: Revision | None = None,
+        make: Callable[..., Instance] = make_instance,
+    ) -> None:
+        """`revision` is the live one, None before the first."""
+        self.name, self.log, self.around, self.revision = name, log, around, revision
+        self.crash_reason: str | None = None  # why the last instance ended that should not have
+        self.instances = InstanceSet(lambda folder: around.workers.submit(around.forget, folder))
+        self._make = make
+        self._group: ListenerGroup | None = None
+        self._set_accepting: Callable[[bool], None] = lambda accepting: None
+        self._serving: Instance | None = None
+        self._starting: Instance | None = None  # an instance of the live revision that serves as soon as it is ready
+        self._trials: dict[Instance, Rollout] = {}  # of instances that do not serve yet
+        self._rollout: Rollout | None = None  # the last one that has cut over and drains
+        self._pending: collections.deque[socket.socket] = collections.deque()  # accepted, and nobody's yet
         self._retried = weakref.WeakSet()  # connections that one instance left untouched when it died
-        self._failures, self._not_before, self._closed = 0, 0.0, False
-        self._counts, self._counted, self._used = {}, 0.0, time.monotonic()
+        self._scaler = Scaler(around.idle_timeout_s, around.clock())
+        self._closed: concurrent.futures.Future | None = None
+        self._counts: dict[int, int] = {}  # uid → connections, as of _counted
+        self._counted = 0.0
 
     # For other threads
 
-    def start(self, revision, is_wanted=lambda: True):
+    def start(self, revision: Revision, is_wanted: Callable[[], bool] = lambda: True) -> Instance:
         """Blocks until an instance of the Revision is ready, and returns it.
 
         It serves nothing yet. Raises StartFailed, and ConnectionAbortedError when it is wanted no more.
         """
-        instance = self._make(revision, trial=True)
+        instance = self._make(self, revision, True)
         self.around.loop.call(self._try, instance)
         while True:
             try:
-                return instance.up.result(WANTED_S)
+                return instance.up.result(CLIENT_POLL_S)
             except concurrent.futures.TimeoutError:
                 if not is_wanted():
                     self.discard(instance)
                     raise ConnectionAbortedError from None
 
-    def switch(self, instance):
-        """Connections go to `instance` from its return on; the one before finishes what it holds."""
-        self.around.loop.wait(self._switch, instance)
+    def cut_over(self, instance: Instance) -> None:
+        """Connections go to `instance` after this; the one before finishes what it holds."""
+        self.around.loop.wait(self._cut_over, instance)
 
-    def discard(self, instance):
+    def discard(self, instance: Instance) -> None:
         """Blocks until an instance that never served is gone."""
         self.around.loop.call(self._discard, instance)
         instance.gone.result()
 
-    def close(self, within_s):
-        """Serve nothing more; a Future that is done when every instance has ended, after within_s at the latest."""
-        done = concurrent.futures.Future()
-        self.around.loop.call(self._close, within_s, done)
-        return done
-
-    def status(self):
+    def status(self) -> tuple[str, str | None]:
         """(status, reason or None) as the API says it."""
         serving = self._serving
-        if self.reason is not None:
-            return 'crashing', self.reason
-        if serving and not listens_itself(serving) and len(serving.connections) >= serving.most:
-            return 'full', f'it serves {serving.most} connections, more wait'
+        if self.crash_reason is not None:
+            return 'crashing', self.crash_reason
+        if serving and not serving.listens_itself and len(serving.connections) >= serving.max_connections:
+            return 'full', f'it serves {serving.max_connections} connections, more wait'
         return ('running' if serving else 'starting' if self._starting else 'idle'), None
 
-    # In the loop's thread
+    # For the server, in the loop's thread
 
-    def take(self):
+    def open(
+        self,
+        group: ListenerGroup,
+        set_accepting: Callable[[bool], None],
+        adopted: Container | None = None,
+    ) -> None:
+        """Serve what comes to `group` (borrowed), by the `adopted` container if there is one.
+
+        `set_accepting(True)` asks for connections: one take() and one dispatch() for each.
+        """
+        self._group, self._set_accepting = group, set_accepting
+        if adopted:
+            # It serves before anything is accepted: else a waiting client would start another at the same listener.
+            self._serving = Program.adopt(self, self.revision, adopted, group.current)
+            self.instances.add(self._serving)
+            self._succeed_adopted()
+        else:
+            set_accepting(True)
+
+    def take(self) -> bool:
         """True if a connection that is accepted now would be handed on at once.
 
         Otherwise see to it that this changes.
         """
         if self._serving and not self._pending and self._serving.takes():
             return True
-        self.gate(False)
-        self._wake()
+        self._set_accepting(False)
+        self._start_one()
         return False
 
-    def dispatch(self, connection):
+    def dispatch(self, connection: socket.socket) -> None:
         """Hand an accepted connection (consumed) to the serving instance, or keep it until one can take it."""
         if self._pending or not self._serving or not self._serving.send(connection):
             self._pending.append(connection)
-            self._wake()
+            self._start_one()
 
-    def flush(self):
-        while self._pending and self._serving and self._serving.send(self._pending[0]):
-            self._pending.popleft()
-        if self._serving and not listens_itself(self._serving) and not self._pending and not self._closed:
-            self.gate(True)
-
-    def _make(self, revision, trial=False):
-        return (Handler if revision.spec.kind == 'handler' else Program)(self, revision, trial)
-
-    def _begin(self, instance):
-        self._instances.add(instance)
-        if self._closed or (isinstance(instance, Program) and not self.front):
-            instance._ended('it is being shut down')
-        else:
-            instance.begin()
-
-    def _try(self, instance):
-        """Start an instance of a new revision.
-
-        While another serves, it gets a listener of its own, when there is room for one.
-        """
-        if isinstance(instance, Program) and self.front and not self._closed:
-            if not self._serving and not self._starting:
-                instance.listener = self.front.sock
-            elif self.front.may_fork:
-                try:
-                    instance.listener = self.front.fork()
-                except OSError as error:
-                    self._instances.add(instance)
-                    return instance._ended(f'no listener: {error.strerror}')
-            else:
-                return self.around.loop.later(QUEUE_LOOK_S, self._try, instance)
-            if instance.listener is self.front.sock:
-                self._trial = instance  # no other shall be at the same listener
-        self._begin(instance)
-
-    def _discard(self, instance, within_s=5):
-        instance.stop(0, within_s)
-        if instance.listener and self.front:
-            self.front.drop(instance.listener)
-
-    def _wake(self):
-        """Start an instance if there is none and none is on its way, not before the delay after a crash is over."""
-        if self._serving or self._starting or self._trial or self._closed or self.revision is None:
-            return
-        wait_s = self._not_before - time.monotonic()
-        if wait_s > 0:
-            return self.around.loop.later(wait_s, self._retry)
-        self._starting = self._make(self.revision)
-        if isinstance(self._starting, Program) and self.front:
-            self._starting.listener = self.front.sock
-        self._begin(self._starting)
-
-    def _retry(self):
-        if self._pending:
-            self._wake()
-        elif not self._serving and not self._starting and not self._closed:
-            self.gate(True)  # who waits in the backlog, or comes next, starts it
-
-    def ready(self, instance):
-        if instance is self._starting:
-            self._switch(instance)
-
-    def _switch(self, instance):
-        revision = instance.revision
-        if self._closed:
-            return self._discard(instance)
-        if self.revision is not None and revision.number < self.revision.number:  # a later deploy was faster
-            self._replaced.add(revision.folder)
-            return self._discard(instance, DRAIN_S)
-        if listens_itself(self._serving) and instance.listener in (None, self.front.sock) and not self.front.may_fork:
-            return self.around.loop.later(QUEUE_LOOK_S, self._switch, instance)
-        if self._trial is instance:
-            self._trial = None
-        former, self._serving = self._serving, instance
-        if self._starting not in (None, instance):
-            self._starting.stop(IDLE_S, DRAIN_S)
-        self._starting = None
-        self._turn(former, instance)
-        if self.revision is not None and self.revision.folder != revision.folder:
-            self._replaced.add(self.revision.folder)
-            self._failures, self._not_before = 0, 0.0  # those were of other code
-        self.revision, self._used = revision, time.monotonic()
-        self._forget_replaced()
-        if self._serving is None or instance.state == 'dead':  # it has ended between its readiness and this call
-            self._serving = None
-            self.gate(True)
-        elif listens_itself(instance):
-            self.gate(False)
-        elif self.front:
-            self.front.sock.setblocking(False)  # a server that listened there may have wanted it otherwise
-        self.around.loop.later(YOUNG_S, self._grown, instance)
-        self.flush()
-
-    def _turn(self, former, instance):
-        """Turn the front from the `former` instance, if there is one, to the one that serves now."""
-        forked = instance.listener is not None and instance.listener is not self.front.sock
-        if forked and not listens_itself(instance) and not listens_itself(former):
-            self.front.drop(instance.listener)  # both are handed what we accept, so the front may stay
-            forked = False
-        if former is None:
-            if forked:  # who waits at the front of one that died meanwhile is served there, by another
-                self._discard(instance, DRAIN_S)
-                self._serving = None
-        elif forked or listens_itself(former):
-            self.gate(False)
-            try:
-                fork = instance.listener if forked else self.front.fork()
-            except OSError:  # then both have this one, until the former has ended
-                return former.stop(0, GRACE_S)
-            self.front.steer(fork)
-            self._drain(former)
-        else:
-            former.stop(IDLE_S, DRAIN_S)
-
-    def _drain(self, former, within_s=DRAIN_S):
-        """Have `former` take what waits at the former front, then stop it."""
-        waiting, self._pending = self._pending, collections.deque()
-        self._draining = former
-        began = time.monotonic()
-
-        def look(quiet_since):
-            sock, now = self.front and self.front.former, time.monotonic()
-            if former is not self._draining or sock is None:
-                return
-            if not listens_itself(former):
-                with contextlib.suppress(OSError):
-                    while former.takes() and (waiting or listeners.queued(sock)):
-                        connection = waiting.popleft() if waiting else sock.accept()[0]
-                        if not former.send(connection):
-                            waiting.appendleft(connection)
-                            break
-            if waiting or listeners.queued(sock):
-                quiet_since = now
-            if now < min(quiet_since + QUIET_S, began + within_s / 2):
-                return self.around.loop.later(QUEUE_LOOK_S, look, quiet_since)
-            former.stop(IDLE_S, began + within_s - now)
-            self._free(former)
-
-        look(began)
-
-    def _free(self, former):
-        """Let the former front go, when that disturbs nobody.
-
-        A server whose listener is shut down before it was told to stop may take that for the end of everything, and
-        drop what it holds: such as a Go program with log.Fatal(http.ListenAndServe(…)).
-        """
-        if former is not self._draining or not self.front:
-            return
-        if listens_itself(former) and former.told_s() < QUIET_S:
-            return self.around.loop.later(QUEUE_LOOK_S, self._free, former)
-        self.front.former_is_empty = True
-
-    def look(self, counts, counted):
+    def look(self, counts: dict[int, int], counted: float) -> None:
         """Take in how many connections the function's address has, {uid: number}, as of `counted`."""
         self._counts, self._counted = counts, counted
         serving = self._serving
-        if not self.front or not serving or self._closed:
+        if not serving or self._closed:
             return
-        if listens_itself(serving) and not listeners.listens(self.front.sock):
+        if serving.listens_itself:
             with contextlib.suppress(OSError):  # it is looked at again in a second
-                self.front.revive()
-        if counts or self._pending or listeners.queued(self.front.sock) or serving.connections:
-            self._used = counted
-        elif 0 < self.around.idle_timeout_s < counted - self._used and not self._starting and not self._trial:
-            self._rest(serving)
+                self._group.revive()
+        if counts or self._pending or self._group.queued() or serving.connections:
+            self._scaler.used(counted)
+        elif not self._scaler.wanted(counted, 1, waiting=False) and not self._starting and not self._trials:
+            self._scale_to_zero()
 
-    def _rest(self, serving):
-        """Stop the instance of a function that nobody uses. The next connection starts one."""
-        if listens_itself(serving):
-            if not self.front.may_fork:
-                return
-            try:
-                fork = self.front.fork()
-            except OSError:  # it is looked at again in a second
-                return
-            self.gate(False)
-            self.front.steer(fork)
-            self._drain(serving)
-        else:
-            serving.stop(0, DRAIN_S)
+    def serves_itself(self) -> bool:
+        """True if an instance serves what faasd does not accept."""
+        return self._serving is not None and self._serving.listens_itself
+
+    def detach(self) -> bool:
+        """Let an instance that listens by itself go on without us, before close(). True if there is one."""
+        serving = self._serving
+        if not self.serves_itself() or not serving.detach():
+            return False
         self._serving = None
-        self.around.emit('handler', f'{self.name}: idle for {self.around.idle_timeout_s:g} s, stopped', name=self.name)
-        self.gate(True)
+        self.instances.remove(serving)
+        return True
 
-    def connections_of(self, container, since=0):
+    def close(self, within_s: float) -> concurrent.futures.Future:
+        """Serve nothing more; a Future that is done when every instance has ended, after within_s at the latest."""
+        self._closed = self._closed or concurrent.futures.Future()
+        self._set_accepting(False)
+        while self._pending:
+            self._pending.pop().close()  # the client sees the end of a connection that nobody has read from
+        serving, drained = self._serving, None
+        if self.serves_itself() and self._group.has_room:
+            # What comes after this is refused in the end, as if nobody had listened.
+            with contextlib.suppress(OSError):  # then what the instance has not accepted is cut off
+                self._roll_out(Rollout(self._group, self.around), within_s)
+                drained = serving
+        for instance in self.instances:
+            if instance is not drained:
+                instance.stop(0, within_s)
+        self._close_if_done()
+        return self._closed
+
+    # For the instances, in the loop's thread
+
+    def flush(self) -> None:
+        """Hand on what waits, since the serving instance may take more now."""
+        while self._pending and self._serving and self._serving.send(self._pending[0]):
+            self._pending.popleft()
+        while self._pending and self.serves_itself():  # it can be handed none
+            refuse(self._pending.popleft())
+        if self._serving and not self._serving.listens_itself and not self._pending and not self._closed:
+            self._set_accepting(True)
+
+    def served(self, instance: Instance) -> None:
+        """`instance` is done with a connection."""
+        if instance is self._serving and (
+            self._pending or len(instance.connections) == instance.max_connections - 1
+        ):
+            self.flush()
+
+    def ready(self, instance: Instance) -> None:
+        """`instance` could serve now."""
+        if instance is self._starting:
+            self._cut_over(instance)
+
+    def steer_probe(self, instance: Instance, end: int, port: int) -> str:
+        """Have connections from that port go to `instance`, which is tried. Returns the address to connect to."""
+        self._group.steer_probe(instance.listener, end, port)
+        return self._group.ipv6
+
+    def connections_of(self, container: Container, since: float = 0) -> int | None:
         """How many connections a container holds; None when nobody has looked after `since`."""
         if self._counted <= since:
             return None
         ids = range(container.base, container.base + ID_RANGE)
         return sum(number for uid, number in self._counts.items() if uid in ids)
 
-    def adopt(self, container, sock):
-        """An instance that a faasd which is no more has left serves on `sock`, the front, until another is ready."""
-        self._serving = Program.adopt(self, self.revision, container, sock)
-        self._instances.add(self._serving)
-        self.gate(False)
-        self._succeed()
-
-    def _succeed(self):
-        """Start the successor of one that was adopted: nobody answers its listen() any more."""
-        if self._serving and self._serving.kind == ADOPTED and not self._starting and not self._closed:
-            self._starting = self._make(self.revision)
-            self._try(self._starting)
-
-    def _forget_replaced(self):
-        """Delete the files of replaced revisions, unless an instance that finishes its work needs them."""
-        for folder in self._replaced - {instance.revision.folder for instance in self._instances}:
-            self._replaced.discard(folder)
-            self.around.workers.submit(self.around.forget, folder)
-
-    def _grown(self, instance):
-        if instance is self._serving:
-            self._failures, self.reason = 0, None
-
-    def served(self, instance):
-        if instance is self._serving and (self._pending or len(instance.connections) == instance.most - 1):
-            self.flush()
-
-    def orphaned(self, connections):
+    def orphaned(self, connections: list[socket.socket]) -> None:
         """Do right by the clients of an instance that died: what it had not touched goes to the next one, once."""
         for connection in connections:
             received, answered = progress(connection)
             if answered:  # they must not take a part for the whole
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-                connection.close()
-            elif received or connection in self._retried or listens_itself(self._serving):
-                with contextlib.suppress(OSError):
-                    connection.send(protocol.BAD_GATEWAY, socket.MSG_DONTWAIT)
-                    connection.shutdown(socket.SHUT_WR)
-                connection.close()
+                reset(connection)
+            elif received or connection in self._retried or self.serves_itself() or self._closed:
+                refuse(connection)
             else:
                 self._retried.add(connection)
                 self._pending.append(connection)
 
-    def ended(self, instance, before, reason):
-        self._instances.discard(instance)
-        self._forget_replaced()
-        expected = before == 'stopping' or instance is self._draining
-        if instance is self._draining:
-            self._draining = None
-            if self.front:
-                self.front.retire()
-        if instance.listener and self.front:
-            self.front.drop(instance.listener)
-        if instance is self._trial:
-            self._trial = None
+    def ended(self, instance: Instance, before: InstanceState, reason: str) -> None:
+        """`instance`, which was in state `before`, is dead."""
+        self.instances.remove(instance)
+        if self._rollout and instance is self._rollout.former:
+            self._pending.extend(self._rollout.former_ended())
+            self._rollout = None
+        expected = before in (InstanceState.DRAINING, InstanceState.STOPPING)
         well = instance is self._serving and instance.ended_well(reason)
         if instance is self._serving:
             self._serving = None
+        if rollout := self._trials.pop(instance, None):
+            rollout.drop()
         if instance is self._starting:
             self._starting = None
-        elif before == 'starting':
+        elif before == InstanceState.STARTING:
             expected = True  # a deploy's, which tells the person itself
         if not expected and not well:
-            self._failures = self._failures + 1 if instance.age_s() < YOUNG_S else 0
-            delay_s = min(LAST_DELAY_S, FIRST_DELAY_S * 2 ** min(self._failures - 1, 10)) if self._failures else 0
-            self._not_before = time.monotonic() + delay_s
-            self.reason = reason
-            self.log.append(f'[faasd] {reason}\n'.encode())  # where a person looks first
-            self.around.emit(
-                'handler',
-                f'{self.name}: the instance {reason}' if before == 'ready' else f'{self.name}: {reason}',
-                name=self.name,
-                problem=True,
-            )
+            self._note_crash(instance, before, reason)
         if self._closed:
             self._close_if_done()
         elif not self._serving:
             if well:
-                self._wake()  # the next one is there before its client
+                self._start_one()  # the next one is there before its client
             self._retry()
         elif instance.revision is self.revision:
-            self.around.loop.later(LAST_DELAY_S, self._succeed)
+            self.around.loop.later(scaler.CRASH_LAST_DELAY_S, self._succeed_adopted)
 
-    def _close(self, within_s, done):
-        self._closed = done
-        while self._pending:
-            self._pending.pop().close()
-        drained = None
-        if self.serves_itself() and self.front and self.front.may_fork:
-            with contextlib.suppress(OSError):  # then what it has not accepted is cut off
-                self.front.steer(self.front.fork())  # what comes now is refused in the end, as if nobody had listened
-                drained = self._serving
-                self._drain(drained, within_s)
-        for instance in list(self._instances):
-            if instance is not drained:
-                instance.stop(0, within_s)
-        self._close_if_done()
+    # Starting
 
-    def serves_itself(self):
-        """True if what it does not accept is not to be cut off before its end."""
-        return listens_itself(self._serving)
+    def _try(self, instance):
+        """Start an instance that does not serve yet.
 
-    def leave(self):
-        """Let an instance that listens by itself go on without us. True if there is one."""
-        serving = self._serving
-        if not listens_itself(serving) or serving.state != 'ready':
-            return False
-        self._instances.discard(serving)
-        self._serving = None
-        serving.leave()
-        return True
+        While another serves, or may, it gets a listener of its own, when there is room for one.
+        """
+        if instance.state != InstanceState.STARTING or self._closed or not self._group:
+            return self._fail(instance, 'it is being shut down')
+        alone = not self._serving and self._starting in (None, instance)
+        rollout = Rollout(self._group, self.around, instance)
+        try:
+            placed = rollout.give_listener(alone and not any(trial.shares_current for trial in self._trials.values()))
+        except OSError as error:
+            return self._fail(instance, f'no listener: {error.strerror}')
+        if not placed:
+            return self.around.loop.later(ROLLOUT_POLL_S, self._try, instance)
+        self._trials[instance] = rollout
+        self.instances.add(instance)
+        instance.begin()
+
+    def _fail(self, instance, reason):
+        if instance.state != InstanceState.DEAD:
+            self.instances.add(instance)
+            instance.fail(reason)
+
+    def _discard(self, instance, within_s=DISCARDED_INSTANCE_MAX_S):
+        instance.stop(0, within_s)
+        if rollout := self._trials.pop(instance, None):
+            rollout.drop()
+
+    def _start_one(self):
+        """Start an instance if there is none and none is on its way, not before the delay after a crash is over."""
+        if self._serving or self._starting or self._closed or self.revision is None:
+            return
+        if any(trial.shares_current for trial in self._trials.values()):
+            return  # no other may be at the same listener
+        now = self.around.clock()
+        if not self._scaler.wanted(now, 0, waiting=True):
+            return self.around.loop.later(self._scaler.delay_s(now), self._retry)
+        self._starting = self._make(self, self.revision)
+        self._try(self._starting)
+
+    def _retry(self):
+        if self._pending:
+            self._start_one()
+        elif not self._serving and not self._starting and not self._closed:
+            self._set_accepting(True)  # who waits in the backlog, or comes next, starts it
+
+    def _succeed_adopted(self):
+        """Start the successor of one that was adopted: nobody answers its listen() any more."""
+        if self._closed or self._starting or not self._serving or self._serving.mode != ServingMode.ADOPTED:
+            return
+        self._starting = self._make(self, self.revision)
+        self._try(self._starting)
+
+    # Replacing
+
+    def _cut_over(self, instance):
+        if self._closed:
+            return self._discard(instance)
+        revision, rollout = instance.revision, self._trials.get(instance)
+        if self.revision is not None and revision.number < self.revision.number:  # a later deploy was faster
+            self._discard(instance, REPLACED_INSTANCE_MAX_S)
+            return self.instances.replaced(revision.folder)
+        if rollout is None:  # it has ended since it was ready: the next connection starts another
+            rollout = Rollout(self._group, self.around)
+        if rollout.must_wait(self._serving):
+            return self.around.loop.later(ROLLOUT_POLL_S, self._cut_over, instance)
+        self._trials.pop(instance, None)
+        if self._starting not in (None, instance):
+            self._starting.stop(KEEPALIVE_IDLE_S, REPLACED_INSTANCE_MAX_S)
+        self._starting = None
+        try:
+            self._roll_out(rollout)
+        except (OSError, OwnerError) as error:
+            self._share_or_discard(rollout, error)
+        former, self.revision = self.revision, revision
+        if former is not None and former.folder != revision.folder:
+            self.instances.replaced(former.folder)
+            self._scaler.recovered()  # those failures were of other code
+        self._scaler.used(self.around.clock())
+        if self._serving is None:
+            self._retry()
+        elif not self._serving.listens_itself:
+            self._group.set_nonblocking()
+        self.around.loop.later(scaler.CRASH_AGE_S, self._grown, instance)
+        self.flush()
+
+    def _roll_out(self, rollout, within_s=REPLACED_INSTANCE_MAX_S):
+        """Have the rollout's successor serve, or nobody. Raises OSError when there is no listener, OwnerError."""
+        self._set_accepting(False)
+        former = self._serving
+        rollout.cut_over(former, self._pending, within_s)
+        if rollout.former:
+            self._rollout = rollout
+        self._serving = rollout.successor
+
+    def _share_or_discard(self, rollout, error):
+        """The successor cannot have a listener of its own; the former instance, if any, ends soon."""
+        former, successor = self._serving, rollout.successor
+        if former:
+            former.stop(0, SHARED_LISTENER_MAX_S)
+            self.around.emit('handler', f'{self.name}: no listener for an instance: {error}', name=self.name)
+        if successor and successor.listens_itself:
+            rollout.drop()
+            successor.stop(0, REPLACED_INSTANCE_MAX_S)
+            successor = None  # the next connection starts another at the current listener
+        self._serving = successor
+
+    def _scale_to_zero(self):
+        """Stop the instance of a function that nobody uses. The next connection starts one."""
+        rollout = Rollout(self._group, self.around)
+        if rollout.must_wait(self._serving):
+            return
+        try:
+            self._roll_out(rollout)
+        except OSError:  # it is looked at again in a second
+            return
+        self.around.emit('handler', f'{self.name}: idle for {self.around.idle_timeout_s:g} s, stopped', name=self.name)
+        self._set_accepting(True)
+
+    # Ends
+
+    def _grown(self, instance):
+        if instance is self._serving:
+            self._scaler.recovered()
+            self.crash_reason = None
+
+    def _note_crash(self, instance, before, reason):
+        self._scaler.failed(self.around.clock(), instance.age_s())
+        self.crash_reason = reason
+        self.around.workers.submit(self.log.append, f'[faasd] {reason}\n'.encode())  # where a person looks first
+        text = f'the instance {reason}' if before == InstanceState.READY else reason
+        self.around.emit('handler', f'{self.name}: {text}', name=self.name, problem=True)
 
     def _close_if_done(self):
-        if not self._instances and not self._closed.done():
+        while self._pending:
+            refuse(self._pending.pop())
+        if not self.instances and not self._closed.done():
             self._closed.set_result(None)
-
-
-def listens_itself(instance):
-    """True if the kernel connects its clients to it, and nobody else may accept at its listener."""
-    return isinstance(instance, Program) and instance.serves_itself
-
-
-def progress(connection):
-    """(anything was read from it, anything was written to it) by whoever held it: the kernel's TCP_INFO knows.
-
-    struct tcp_info of linux/tcp.h: tcpi_bytes_received at 128, tcpi_notsent_bytes at 144, tcpi_bytes_sent at 200.
-    """
-    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-    if info[0] not in TCP_CONNECTED:  # it was reset, or turned into something else: nobody waits any more
-        return True, True
-    (unread,) = struct.unpack('i', fcntl.ioctl(connection, termios.FIONREAD, b'\0' * 4))
-    (received,) = struct.unpack_from('Q', info, 128)
-    (notsent,) = struct.unpack_from('I', info, 144)
-    (sent,) = struct.unpack_from('Q', info, 200)
-    half_closed = info[0] == TCP_CLOSE_WAIT  # the FIN counts as one byte
-    return received - unread - half_closed > 0, sent + notsent > 0

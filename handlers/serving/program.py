@@ -4,20 +4,22 @@ import collections
 import contextlib
 import os
 import socket
-import time
 
+from handlers.containers.containers import Container
 from handlers.containers.logs import LogPipe
 from handlers.images.spec import candidates, signal_number
 from handlers.serving import injection
-from handlers.serving.instance import Instance
+from handlers.serving.instance import TRANSITIONS, Handler, Instance, InstanceState, Revision, ServingMode
 from host.sock_diag import cookie
 
-MOST_ASKING, PAUSE_S = 64, 0.01  # connections to the control socket in one turn, and how long after so many
+CONTROL_ACCEPTS_PER_TURN, CONTROL_FLOOD_PAUSE_S = 64, 0.01  # of connections to the control socket
+CONTROL_ERROR_PAUSE_S = 0.1  # out of descriptors: others get the time to close some
 SETTLE_S = 0.3  # how long one that is tried may take until it listens on IPv6 as well, or ends
-PROBE_S = 5
-GRACE_S = 10  # how long a program may finish what it holds before it gets its stop signal
-LOOK_S = 0.1
-CONTROL, ADOPTED = '/control.sock', 'adopted'  # kinds
+PROBE_TIMEOUT_S = 5
+UNSIGNALLED_MAX_S = 10  # how long a program may finish what it holds before it gets its stop signal
+SIGNALLED_MIN_S = 2  # how long it has after the signal, if there is twice as much time
+STOP_POLL_S = 0.1
+CONTROL_PATH = '/control.sock'
 CLEAN_EXIT = 'ended with exit code 0'
 
 
@@ -27,18 +29,21 @@ class Program(Instance):
     It connects to /control.sock and is handed a connection each time, or it listens and gets its own `listener`.
     """
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
+    def __init__(self, pool: object, revision: Revision, trial: bool = False) -> None:
+        super().__init__(pool, revision, trial)
         self._injection = self._family = None
         self._asking = collections.deque()  # connections to /control.sock that wait for a descriptor
         self._inside = []  # where it listens, and that does not count
         self._handed, self._signalled, self._deadline = False, None, float('inf')
+        self._patience_s = 0.0  # how long it has after the signal before it may be killed
 
     @classmethod
-    def adopt(cls, pool, revision, container, listener):
-        """One that a faasd which is no more has started; it serves `listener`."""
+    def adopt(cls, pool: object, revision: Revision, container: Container, listener: socket.socket) -> 'Program':
+        """One that a faasd which is no more has started; it serves `listener` (borrowed)."""
         instance = cls(pool, revision)
-        instance.listener, instance.state, instance.kind = listener, 'ready', ADOPTED
+        instance.use_listener(listener)
+        instance.become(InstanceState.READY)
+        instance.mode, instance.description = ServingMode.ADOPTED, 'adopted'
         instance.up.set_result(instance)
         instance._container = container
         output = instance._around.containers.output_of(container)
@@ -49,8 +54,8 @@ class Program(Instance):
         return instance
 
     @property
-    def serves_itself(self):
-        return self.kind is not None and self.kind != CONTROL
+    def can_listen(self) -> bool:
+        return True
 
     def _start(self, kept, lent):
         number, _, spec, tree = self.revision
@@ -64,7 +69,7 @@ class Program(Instance):
         self._injection = injection.Injection(self.revision.spec, self.listener, report)
         self._around.injector.add(container.notifier, self._injection)
         super()._launched(container)
-        if self.state == 'stopping':
+        if self.state == InstanceState.STOPPING:
             container.kill()
 
     # Listening by itself
@@ -73,30 +78,29 @@ class Program(Instance):
         if how == 'inside':
             if where not in self._inside and len(self._inside) < 10:
                 self._inside.append(where)
-        elif self.kind is None and self.state == 'starting':
+        elif self.mode is None and self.state == InstanceState.STARTING:
             before, self._family = self._family, family
             if not self.trial:
-                self._is_up(f'port {where[1]}')
+                self._is_up(ServingMode.LISTENING, f'port {where[1]}')
             elif before is None:
                 self._around.loop.later(SETTLE_S, self._settled, where)
 
     def _settled(self, where):
         """It has not ended just after it began to listen, and what it listens on may have become better."""
-        if self.state == 'starting' and self._family == socket.AF_INET:
+        if self.state == InstanceState.STARTING and self._family == socket.AF_INET:
             self._around.workers.submit(self._probe, where)
-        elif self.state == 'starting':
-            self._is_up(f'port {where[1]}')
+        elif self.state == InstanceState.STARTING:
+            self._is_up(ServingMode.LISTENING, f'port {where[1]}')
 
     def _probe(self, where):
         """In a worker thread: does it talk to IPv6 clients, though it made an IPv4 socket?"""
         loop, heard = self._around.loop, None
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as client:
-            client.settimeout(PROBE_S)
+            client.settimeout(PROBE_TIMEOUT_S)
             client.bind((self._around.gateway, 0))
             end, port = client.getsockname()[0], client.getsockname()[1]
             end = int.from_bytes(socket.inet_pton(socket.AF_INET6, end)[-4:], 'big')
-            loop.wait(self.pool.front.probe, end, port)
-            client.connect((self.pool.front.ipv6, 80))
+            client.connect((loop.wait(self.pool.steer_probe, self, end, port), 80))
             try:
                 client.sendall(b'GET / HTTP/1.0\r\nHost: %s.faas\r\n\r\n' % self.pool.name.encode())
                 heard = client.recv(65536)
@@ -108,19 +112,19 @@ class Program(Instance):
         loop.call(self._probed, where, heard)
 
     def _probed(self, where, heard):
-        if self.state != 'starting':
+        if self.state != InstanceState.STARTING:
             return
         text = f'it listens on {where[0]} port {where[1]}, for IPv4 alone'
         hint = 'let it listen on [::], as --host :: does'
         if heard == b'':
             return self.kill(f'{text}, and closes the connections of IPv6 clients, of which all are', hint)
         self.warning, self.hint = f'{text}: it works, but sees wrong client addresses', hint
-        self._is_up(f'port {where[1]}')
+        self._is_up(ServingMode.LISTENING, f'port {where[1]}')
 
     def _not_up(self):
         reason, hint = super()._not_up()
         if not self._inside:
-            return f'{reason}: it has neither listened on a port nor connected to {CONTROL}', hint
+            return f'{reason}: it has neither listened on a port nor connected to {CONTROL_PATH}', hint
         places = ', '.join(f'{address} port {port}' for address, port in self._inside)
         wanted = ' or '.join(map(str, candidates(self.revision.spec)))
         hint = f'let it listen on [::], port {wanted}'
@@ -132,31 +136,35 @@ class Program(Instance):
 
     def _asked(self):
         """Take in who has connected; one that does so without end is heard again after a pause, not all the time."""
-        control = self._container.control
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(MOST_ASKING):
+        control, pause_s = self._container.control, CONTROL_FLOOD_PAUSE_S
+        try:
+            for _ in range(CONTROL_ACCEPTS_PER_TURN):
                 asking, _ = control.accept()
                 asking.setblocking(False)
                 self._asking.append(asking)
-                if len(self._asking) > self.most:
+                if len(self._asking) > self.max_connections:
                     self._asking.popleft().close()
+        except BlockingIOError:
+            pause_s = None
+        except OSError:  # out of descriptors
+            pause_s = CONTROL_ERROR_PAUSE_S
+        if pause_s is not None:
             self._around.loop.unwatch(control.fileno())
-            self._around.loop.later(PAUSE_S, self._ask_again, control)
-        if self._asking and self.kind is None and self._family is None:  # the first way counts
+            self._around.loop.later(pause_s, self._ask_again, control)
+        if self._asking and self.mode is None and self._family is None:  # the first way counts
             self._injection.enough()
-            self._is_up(CONTROL)
-        elif self.kind == CONTROL:
+            self._is_up(ServingMode.CONTROL, CONTROL_PATH)
+        elif self.mode == ServingMode.CONTROL:
             self.pool.flush()
 
     def _ask_again(self, control):
         if self._container and self._container.control is control:
             self._around.loop.watch(control.fileno(), self._asked)
 
-    def takes(self):
-        """True if a connection that is accepted now would be taken at once."""
-        return bool(self._asking) and self.kind == CONTROL
+    def takes(self) -> bool:
+        return bool(self._asking) and self.mode == ServingMode.CONTROL
 
-    def send(self, connection):
+    def send(self, connection: socket.socket) -> bool:
         """Pass `connection` (consumed) to who has asked for the longest time; False if nobody has."""
         while self._asking:
             with self._asking.popleft() as asking, contextlib.suppress(OSError):
@@ -169,48 +177,53 @@ class Program(Instance):
 
     # Its end
 
-    def stop(self, idle_s, within_s):
-        """Let it finish what it holds within GRACE_S, send it the stop signal, and kill it after within_s.
+    def stop(self, idle_s: float, within_s: float) -> None:
+        """Let it finish what it holds within UNSIGNALLED_MAX_S, send it the stop signal, kill it after within_s.
 
-        Once more: only within_s can change, and become less.
+        Calling it again can only shorten `within_s`.
         """
-        now = time.monotonic()
+        now = self._around.clock()
         self._deadline = min(self._deadline, now + within_s)
-        if self.state in ('starting', 'ready'):
-            self.state = 'stopping'
-            self._leave(now)
+        if InstanceState.STOPPING in TRANSITIONS[self.state]:
+            self.become(InstanceState.STOPPING)
+            self._poll_end(now)
 
-    def told_s(self):
+    def told_s(self) -> float:
         """For how long it has had its stop signal; 0 before."""
-        return time.monotonic() - self._signalled if self._signalled else 0
+        return self._around.clock() - self._signalled if self._signalled is not None else 0
 
-    def _leave(self, since):
-        if self.state == 'dead' or not self._container:
+    def _poll_end(self, since):
+        if self.state == InstanceState.DEAD or not self._container:
             return
-        now, held = time.monotonic(), self.pool.connections_of(self._container, since)
-        if not self._signalled and (held == 0 or now >= since + min(GRACE_S, (self._deadline - since) / 2)):
+        now, held = self._around.clock(), self.pool.connections_of(self._container, since)
+        if self._signalled is None and (held == 0 or now >= since + unsignalled_s(self._deadline - since)):
             number = signal_number(self.revision.spec.stop_signal)
             self._patience_s = self._around.stop_timeout_s if self._container.catches(number) else 0
             self._signalled = now
             self._container.kill(number)
-        if now >= self._deadline or (self._signalled and held == 0 and now >= self._signalled + self._patience_s):
+        done = self._signalled is not None and held == 0 and now >= self._signalled + self._patience_s
+        if done or now >= self._deadline:
             self.kill('did not stop in time')
-        self._around.loop.later(LOOK_S, self._leave, since)
+        self._around.loop.later(STOP_POLL_S, self._poll_end, since)
 
-    def leave(self):
-        """Let it go on without us; a next faasd adopts it."""
+    def detach(self) -> bool:
+        """Let it go on without us; a next faasd adopts it. False when that cannot be: it has ended, or is about to."""
+        if self.state != InstanceState.READY or not self._container:
+            return False
         self._around.loop.unwatch(self._container.pidfd)
         self._forget_ways()
         os.close(self._container.pidfd)
-        self.state, self._container = 'dead', None
+        self._container = None
+        self.become(InstanceState.DEAD)
         self.gone.set_result(None)
+        return True
 
     def _exited(self):
         self._forget_ways()
         super()._exited()
 
     def _ended(self, reason):
-        if reason == CLEAN_EXIT and self.state == 'starting':
+        if reason == CLEAN_EXIT and self.state == InstanceState.STARTING:
             self.hint = "let it stay in the foreground, as httpd -f and nginx -g 'daemon off;' do"
         super()._ended(reason)
 
@@ -225,6 +238,16 @@ class Program(Instance):
         while self._asking:
             self._asking.popleft().close()
 
-    def ended_well(self, reason):
+    def ended_well(self, reason: str) -> bool:
         """A program may serve one connection each time, and exit."""
         return self._handed and reason == CLEAN_EXIT
+
+
+def unsignalled_s(within_s: float) -> float:
+    """How much of `within_s` passes before the stop signal, while it holds connections."""
+    return min(UNSIGNALLED_MAX_S, max(within_s / 2, within_s - SIGNALLED_MIN_S))
+
+
+def make_instance(pool: object, revision: Revision, trial: bool = False) -> Instance:
+    """An instance of the kind that the revision's spec says."""
+    return (Handler if revision.spec.kind == 'handler' else Program)(pool, revision, trial)

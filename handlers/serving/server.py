@@ -1,10 +1,58 @@
 """The request path: accepts the connections of every function and gives each to the function's pool."""
 
+import concurrent.futures
 import os
+import resource
+from typing import NamedTuple
 
+from handlers.containers.containers import Container
 from handlers.images.spec import NOBODY
-from handlers.serving import listeners
+from handlers.serving.listeners import ListenerGroup
+from handlers.serving.loop import Loop
+from handlers.serving.pool import Pool
 from host.firewall import MARK
+
+ACCEPTS_PER_TURN = 64  # of one listener before the others have their turn
+ACCEPT_RETRY_S = 0.1  # how long nothing is accepted when descriptors run out
+REPORT_AGAIN_S = 10  # a problem that goes on is reported so often
+RESERVED_DESCRIPTORS = 128  # for the API, files and the start of instances; a quarter of all if those are few
+
+
+class Adopted(NamedTuple):
+    """What a faasd that is no more has left: a container and the listener that it serves."""
+
+    container: Container
+    listener: object  # socket.socket
+
+
+class Listener:
+    """The listener group of one function: it is watched while the pool accepts and nothing forbids it."""
+
+    def __init__(self, group: ListenerGroup, pool: Pool, loop: Loop, accept: object) -> None:
+        self.group, self.pool = group, pool
+        self._loop, self._accept = loop, accept
+        self._accepting, self._permitted = False, True
+        self._watched: int | None = None  # a descriptor
+
+    def set_accepting(self, accepting: bool) -> None:
+        self._accepting = accepting
+        self._update()
+
+    def permit(self, permitted: bool) -> None:
+        self._permitted = permitted
+        self._update()
+
+    def _update(self):
+        fd = self.group.current.fileno() if self._accepting and self._permitted else None
+        if self._watched not in (None, fd):
+            self._loop.unwatch(self._watched)
+            self._watched = None
+        if self._watched is None and fd is not None:
+            self._watched = fd
+            self._loop.watch(fd, self._readable)
+
+    def _readable(self):
+        self._accept(self)
 
 
 class FaaSServer:
@@ -13,86 +61,120 @@ class FaaSServer:
     It reads no byte of a request.
     """
 
-    ACCEPTS = 64  # of one listener before the others have their turn
-
-    def __init__(self, loop, emit):
+    def __init__(self, loop: Loop, emit: object, descriptors: int | None = None) -> None:
+        """`descriptors` is how many this process may have; by default its limit."""
         self._loop, self._emit = loop, emit
-        self._listeners = {}  # ipv6 → Listener
-        self._permitted = True
+        self._listeners: dict[str, Listener] = {}  # by address
+        self._permitted, self._paused, self._reported = True, False, False
+        most = descriptors or resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._first_reserved = most - min(RESERVED_DESCRIPTORS, most // 4)
 
-    def add_listener(self, ipv6, name, its_pool, adopted=None):
-        """Bind and listen, or go on with `adopted` (consumed); what comes waits until `its_pool` takes it.
+    def add_listener(self, ipv6: str, name: str, pool: Pool, adopted: Adopted | None = None) -> None:
+        """Bind and listen; what comes waits until `pool` takes it. Or go on with what was `adopted` (consumed).
 
-        Raises OSError.
+        An adopted instance serves before anything is accepted. Raises OSError; the container is the caller's then.
         """
-        its = Listener(listeners.Front(ipv6, MARK, adopted), its_pool)
+        group = ListenerGroup(ipv6, MARK, adopted and adopted.listener)
+        self._loop.wait(self._add, ipv6, group, pool, adopted and adopted.container)
         self._emit('listener', f'Listening on [{ipv6}]:80 for {name}', name=name)
-        self._loop.wait(self._add, ipv6, its)
 
-    def _add(self, ipv6, its):
-        self._listeners[ipv6] = its
-        its.pool.front = its.front
-        its.pool.gate = lambda is_open: self._gate(its, is_open)
-        self._gate(its, True)
+    def _add(self, ipv6, group, pool, container):
+        listener = Listener(group, pool, self._loop, self._accept)
+        listener.permit(self._may_accept())
+        try:
+            pool.open(group, listener.set_accepting, container)
+        except BaseException:
+            listener.set_accepting(False)
+            group.close()
+            raise
+        self._listeners[ipv6] = listener
 
-    def remove_listener(self, ipv6):
-        """Listen no more; blocks until it is so. An address without a listener is left at that."""
-        self._loop.wait(self.remove, ipv6)
+    def close_listener(self, ipv6: str, within_s: float, hand_over: bool = False) -> concurrent.futures.Future:
+        """Serve [ipv6] no more; what runs may finish within `within_s`.
 
-    def remove(self, ipv6):
-        """The same, in the loop's thread."""
-        its = self._listeners.pop(ipv6, None)
-        if its:
-            self._gate(its, False)
-            its.pool.gate, its.pool.front = lambda is_open: None, None
-            its.front.close()
+        With `hand_over` an instance that listens by itself goes on, for a next faasd to adopt. Returns a Future that is
+        done when every other instance has ended: True if one goes on.
+        """
+        closed = concurrent.futures.Future()
+        self._loop.call(self._close, ipv6, within_s, hand_over, closed)
+        return closed
 
-    def leave(self, ipv6):
-        """In the loop's thread: let go of an address whose front an instance goes on to serve."""
-        its = self._listeners.pop(ipv6)
-        self._gate(its, False)
-        its.pool.front = None
-        its.front.leave()
+    def _close(self, ipv6, within_s, hand_over, closed):
+        listener = self._listeners.pop(ipv6, None)
+        if listener is None:
+            return closed.set_result(False)
+        listener.set_accepting(False)
+        group, pool = listener.group, listener.pool
+        goes_on = hand_over and pool.detach()
+        if goes_on:
+            group.detach()
+        elif not pool.serves_itself():
+            group.refuse()
 
-    def permit(self, permitted):
+        def end(_):
+            group.close()
+            closed.set_result(goes_on)
+
+        try:
+            pool.close(within_s).add_done_callback(end)
+        except Exception as error:  # or who waits would wait for ever
+            closed.set_exception(error)
+            raise
+
+    def permit(self, permitted: bool) -> None:
         """Hand nothing out while permitted is False: without the nftables table a passed socket opens the host."""
-        self._loop.call(self._permit, permitted)
+        self._loop.call(self._set, permitted, None)
 
-    def _permit(self, permitted):
-        self._permitted = permitted
-        for its in self._listeners.values():
-            self._gate(its, its.open)
+    def _set(self, permitted, paused):
+        if permitted is not None:
+            self._permitted = permitted
+        if paused is not None:
+            self._paused = paused
+        for listener in self._listeners.values():
+            listener.permit(self._may_accept())
 
-    def _gate(self, its, is_open):
-        its.open = is_open
-        fd = its.front.sock.fileno() if is_open and self._permitted else -1
-        if its.watched not in (None, fd):
-            self._loop.unwatch(its.watched)
-            its.watched = None
-        if its.watched is None and fd >= 0:
-            its.watched = fd
-            self._loop.watch(fd, lambda: self._accept(its))
+    def _may_accept(self):
+        return self._permitted and not self._paused
 
-    def _accept(self, its):
-        for _ in range(self.ACCEPTS):
-            if not its.pool.take():
+    def _accept(self, listener):
+        pool, sock = listener.pool, listener.group.current
+        for _ in range(ACCEPTS_PER_TURN):
+            if self._paused or not pool.take():
                 return
             try:
-                connection, _ = its.front.sock.accept()
+                connection, _ = sock.accept()
             except BlockingIOError:
                 return
             except ConnectionAbortedError:
                 continue
-            except OSError as error:  # out of descriptors: let some be closed
-                self._emit('listener', f'Cannot accept: {error.strerror}', problem=True)
-                self._gate(its, False)
-                return self._loop.later(0.1, self._gate, its, True)
+            except OSError as error:
+                return self._pause(f'Cannot accept: {error.strerror}')
             # As another user's, it cannot join the listeners on port 80 by SO_REUSEPORT, should a function try.
             os.fchown(connection.fileno(), NOBODY, -1)
-            its.pool.dispatch(connection)
+            # The kernel gives the lowest free number: all below this one are in use.
+            scarce = connection.fileno() >= self._first_reserved
+            pool.dispatch(connection)
+            if scarce:
+                return self._pause(f'{self._first_reserved} descriptors are in use: new connections wait')
 
+    def _pause(self, reason):
+        """Out of descriptors: accept nothing until some were closed. What comes waits in the kernel."""
+        if not self._reported:
+            self._reported = True
+            self._emit('listener', reason, problem=True)
+            self._loop.later(REPORT_AGAIN_S, self._report_again)
+        self._set(None, True)
+        self._loop.later(ACCEPT_RETRY_S, self._resume)
 
-class Listener:
-    def __init__(self, front, its_pool):
-        self.front, self.pool = front, its_pool
-        self.open, self.watched = False, None  # the descriptor that is watched
+    def _report_again(self):
+        self._reported = False
+
+    def _resume(self):
+        try:
+            probe = os.eventfd(0, os.EFD_CLOEXEC)
+            os.close(probe)
+        except OSError:
+            probe = self._first_reserved
+        if probe >= self._first_reserved:
+            return self._loop.later(ACCEPT_RETRY_S, self._resume)
+        self._set(None, False)
