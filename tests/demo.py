@@ -23,7 +23,7 @@ from tests import lab
 
 ENDPOINT = '203.0.113.10'
 GATEWAY = 'fd00:faa5:0:100::1'
-URL = 'http://fibonacci.faas/?n=10'
+URL = "'http://fibonacci.faas/?n=10'"                # as the shell takes it: zsh takes ? for a pattern
 ANSWER = '0, 1, 1, 2, 3, 5, 8, 13, 21, 34'
 COMMAND_TIMEOUT_S = 60
 TERMINAL = sys.stdout.isatty() and os.environ.get('TERM') != 'dumb'

@@ -66,6 +66,6 @@ class Endings(unittest.TestCase):
     def test_a_failed_step(self):
         process = self.start('setattr(demo, "ANSWER", "42") or demo.main()')
         _, error = process.communicate(timeout=60)
-        self.assertIn('`curl http://fibonacci.faas/?n=10` did not show: 42', error)
+        self.assertIn("`curl 'http://fibonacci.faas/?n=10'` did not show: 42", error)
         self.assertEqual(1, process.returncode)
         self.assert_nothing_remains()

@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 import unittest
+import urllib.parse
 from importlib.machinery import SourceFileLoader
 from unittest import mock
 
@@ -69,6 +70,13 @@ class Guard(BaseException):
     """A unit test was about to run a real command. No handler in the client may swallow it."""
 
 
+class Person(io.TextIOWrapper):
+    """A stream with a person at its other end."""
+
+    def isatty(self):
+        return True
+
+
 class Case(unittest.TestCase):
     """A unit test: a home of its own, no settings of the caller's, no real command, nothing in /run."""
 
@@ -89,10 +97,12 @@ class Case(unittest.TestCase):
         self.addCleanup(manager.__exit__, None, None, None)
         return value
 
-    def faas(self, *words, stdin=''):
-        """Run the client here: (exit code, stdout, stderr)."""
-        out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8', write_through=True) for _ in 'oe')
-        feed = io.TextIOWrapper(io.BytesIO(stdin.encode()))
+    def faas(self, *words, stdin='', asked=False):
+        """Run the client here: (exit code, stdout, stderr). `asked`: there is a person at stdin and stderr."""
+        kind = Person if asked else io.TextIOWrapper
+        out = io.TextIOWrapper(io.BytesIO(), encoding='utf-8', write_through=True)
+        err = kind(io.BytesIO(), encoding='utf-8', write_through=True)
+        feed = kind(io.BytesIO(stdin.encode()))
         with mock.patch.multiple(sys, stdout=out, stderr=err, stdin=feed):
             code = faas.main(list(words))
         return code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()
@@ -101,7 +111,7 @@ class Case(unittest.TestCase):
         """The command fails with this code, one error line, and a hint."""
         got, out, err = self.faas(*words, **options)
         self.assertEqual(got, code, out + err)
-        self.assertRegex(err, r'\Aerror: .')
+        self.assertRegex(err, r'\A(Deploying .*\n)?error: .')
         self.assertNotIn('Traceback', err)
         self.assertIn(says, err)
         self.assertIn(hints, err)
@@ -169,7 +179,7 @@ class TestWords(Case):
         for text, seconds in (('90s', 90), ('30m', 1800), ('1h', 3600), ('2d', 172800), ('60', 60)):
             self.assertEqual(faas.duration(text), seconds)
         for bad in ('0', '-1', '1w', '', 'h', '1.5h'):
-            self.fails('vpn', 'invite', '--expires=' + bad, code=2, says='is no time')
+            self.fails('vpn', 'invite', '--expires=' + bad, code=2, says='is not a time')
 
     def test_what_comes_from_elsewhere_cannot_drive_a_terminal(self):
         self.assertEqual(faas.clean('a\x1b[31m\n b\x9b'), 'a?[31m b?')
@@ -233,6 +243,49 @@ class TestScreen(Case):
         self.assertEqual(len({faas.width(line) for line in shown.splitlines()}), 1, shown)
 
 
+    def list_on(self, room, *functions):
+        """What `faas list` shows of (name, reason) on a terminal of so many columns."""
+        answer = [{'name': name, 'ipv6': 'fd00:faa5:1:0::a', 'dns': f'{name}.faas', 'created': '2026-11-25',
+                   'status': 'crashing' if reason else 'running', 'reason': reason} for name, reason in functions]
+        terminal = Terminal()
+        with mock.patch.dict(os.environ, {'TERM': 'xterm'}), mock.patch.object(faas, 'Api') as api, \
+                mock.patch.object(faas.Screen, 'columns', return_value=room):
+            api().request().list.return_value = answer
+            faas.cmd_list(mock.Mock(json=False), faas.Screen(terminal))
+        return terminal.getvalue().splitlines()
+
+    def test_a_table_fits_the_terminal(self):
+        reason = 'ended with exit code 1: ModuleNotFoundError: No module named ' + 'left_pad' * 12
+        functions = ('x' * 63, reason), ('a', None), ('日本' * 15, 'short')
+        for room in 120, 100, 80, 79, 60, 50, 40:
+            lines = self.list_on(room, *functions)
+            self.assertLessEqual(max(map(faas.width, lines)), room, '\n'.join(lines))
+            text = re.sub(r'[│\s]', '', ''.join(lines))
+            for part in ('fd00:faa5:1:0::a', '2026-11-25', 'crashing', 'exitcode1'):
+                self.assertIn(part, text if room < 80 else ''.join(lines).replace(' ', ''))
+        lines = self.list_on(80, *functions)
+        self.assertEqual(['┌──────────────┬───────────────────┬───────────────────┬──────────┬────────────┐',
+                          '│ Name         │ IPv6              │ DNS               │ Status   │ Created    │',
+                          '├──────────────┼───────────────────┼───────────────────┼──────────┼────────────┤',
+                          '│ xxxxxxxxxxxx │ fd00:faa5:1:0::a  │ xxxxxxxxxxxxxxxxx │ crashing │ 2026-11-25 │'],
+                         lines[:4])
+        self.assertIn('left_pad' * 9, ''.join(lines).replace('x' * 63, ''))
+        self.assertEqual(['Name: a', 'IPv6: fd00:faa5:1:0::a', 'DNS: a.faas', 'Status: running', 'Created: 2026-11-25'],
+                         [line.rstrip() for line in self.list_on(50, ('a', None)) if line])
+
+    def test_a_pipe_has_one_line_for_each_row(self):
+        def use(screen):
+            screen.table(['Name', 'Reason'], [['x' * 63, 'y ' * 60]], [12, 6])
+
+        self.assertEqual(f'Name{" " * 61}Reason\n{"x" * 63}  {("y " * 60).strip()}\n', self.shown(use, io.StringIO()))
+
+    def test_text_is_broken_at_blanks_and_inside_of_long_words(self):
+        for text, room, lines in (('', 5, ['']), ('a b', 3, ['a b']), ('a bc', 3, ['a', 'bc']),
+                                  ('abcdefg h', 3, ['abc', 'def', 'g h']), ('日本x', 4, ['日本', 'x']),
+                                  ('日', 1, ['日'])):
+            self.assertEqual(lines, faas.wrapped(text, room))
+
+
 class TestInvite(Case):
     def test_a_token_is_read(self):
         invite = faas.Invite(token(n='laptop', a='[2001:db8::1]:51820', e='[2001:db8::1]:51820'))
@@ -244,7 +297,8 @@ class TestInvite(Case):
         good = token()
         for bad, says in ((good[:-1], 'cut off'), (good[:40], 'cut off'), (good[:-1] + 'zz', 'damaged'),
                           ('faas1_\udcff.12345678', 'damaged'),
-                          (good.replace('e', 'f', 3), 'damaged'), ('faas2_x.12345678', 'no invite'), ('', 'no invite')):
+                          (good.replace('e', 'f', 3), 'damaged'), ('faas2_x.12345678', 'not an invite'),
+                          ('', 'not an invite')):
             self.assertIn(says, self.failure(faas.Invite, bad).message)
         for changes in ({'i': 7}, {'i': 'XYZ'}, {'s': 'AAAA'}, {'s': '!'}, {'a': 'h:x'}, {'a': None}, {'e': 'a b'},
                         {'k': 'x'}, {'n': '../x'}, {'n': 5}):
@@ -338,7 +392,7 @@ class TestStore(Case):
     def test_an_mtu_in_a_config_is_a_number_in_range(self):
         for mtu in (1279, 9001, '1420', 1420.0, True, None, [1420]):
             self.store.save('default', {**CONFIG, 'mtu': mtu})
-            self.assertIn('mtu is no number from 1280 to 9000', self.failure(self.store.load, 'default').message)
+            self.assertIn('mtu is not a number from 1280 to 9000', self.failure(self.store.load, 'default').message)
 
     def test_a_config_that_others_can_read_is_mended_and_told(self):
         self.store.save('default', CONFIG)
@@ -403,6 +457,12 @@ class TestStore(Case):
                          'laptop        fd00:faa5:0:100::a      saved\n')
         self.assertEqual(json.loads(self.faas('vpn', 'list', '--json')[1]),
                          [{'name': 'laptop', 'ipv6': 'fd00:faa5:0:100::a', 'status': 'saved'}])
+
+    def test_the_list_on_the_server_says_where_its_peers_are(self):
+        with mock.patch.object(faas, 'is_this_the_server', return_value=True):
+            self.assertEqual(self.faas('vpn', 'list')[:2], (0, 'No saved VPN configurations.\n\nTo list the peers of '
+                             'this server: ./faas vpn list --peers\n'))
+            self.assertEqual(self.faas('vpn', 'list', '--json')[:2], (0, '[]\n'))
 
     def test_the_status_of_nothing(self):
         self.assertEqual(self.faas('vpn', 'status'),
@@ -614,24 +674,96 @@ class TestApi(ApiCase):
                                    'revision': 1, 'warning': None}))
         folder = self.folder({'handler.py': 'x', 'lib/a.py': 'y'}, 'fibonacci')
         self.assertEqual(self.faas('new', 'fibonacci', str(folder)),
-                         (0, 'Deployed fibonacci at fd00:faa5:1:0::a\nDNS: fibonacci.faas → fd00:faa5:1:0::a\n', ''))
+                         (0, 'Deployed fibonacci at fd00:faa5:1:0::a\nDNS: fibonacci.faas → fd00:faa5:1:0::a\n',
+                          f'Deploying fibonacci from {folder}\n'))
         method, path, headers, body = server.seen[0]
-        self.assertEqual((method, path), ('POST', '/api/new?name=fibonacci'))
+        self.assertEqual((method, path),
+                         ('POST', f'/api/new?name=fibonacci&from={urllib.parse.quote(str(folder), safe="")}'))
         self.assertEqual((headers['Content-Type'], headers['Content-Length']), ('application/x-tar', str(len(body))))
         self.assertEqual(tarfile.open(fileobj=io.BytesIO(body)).getnames(), ['handler.py', 'lib', 'lib/a.py'])
+
+    def in_a_folder_with_examples(self, *examples):
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.home)
+        self.enterContext(mock.patch.multiple(faas, __file__=f'{self.home}/lib/faas', INSTALLED='/nonexistent'))
+        for name in examples:
+            self.folder({'handler.py': 'the example'}, f'lib/handlers/{name}')
+
+    def test_an_example_replaces_itself_alone(self):
+        self.in_a_folder_with_examples('api')
+        server = self.serve(lambda handler, body: handler.send(200, server.listed if handler.command == 'GET' else
+                            {'ipv6': 'fd00:faa5:1:0::a', 'dns': 'api.faas', 'warning': None}))
+        for server.listed in ([], [{'name': 'apis', 'from': './apis'}], [{'name': 'api', 'from': "the example 'api'"}]):
+            del server.seen[:]
+            code, out, err = self.faas('new', 'api')
+            self.assertEqual((0, "Deploying api from the example 'api'\n"), (code, err))
+            self.assertEqual('/api/new?name=api&from=the%20example%20%27api%27', server.seen[-1][1])
+        for server.listed, known in (([{'name': 'api', 'from': './api'}], 'was deployed from ./api'),
+                              ([{'name': 'api', 'from': "the example 'apis'"}], "from the example 'apis'"),
+                              ([{'name': 'api', 'from': None}], 'does not know where it came from'),
+                              ([{'name': 'api'}], 'does not know where it came from'),
+                              ([{'name': 'api', 'from': ['x\x1b']}], 'was deployed from')):
+            del server.seen[:]
+            self.fails('new', 'api', says=known, hints=f'./faas new api PATH (the example is {self.home}/lib/handlers/')
+            self.assertEqual(['GET'], [seen[0] for seen in server.seen])
+        for words in ('api', 'lib/handlers/api'), ('lib/handlers/api/',), ('./lib/handlers/api',):
+            self.assertEqual((0, 'Deploying api from ./lib/handlers/api\n'), self.faas('new', *words)[::2])
+        self.folder({'handler.py': ''}, 'api')
+        self.assertEqual((0, 'Deploying api from ./api\n'), self.faas('new', 'api')[::2])
+        shutil.rmtree('api')
+        pathlib.Path('api').write_text('a file of that name')
+        self.fails('new', 'api', says='./api is not a folder', hints='./faas new api ./api')
+
+    def test_a_folder_may_be_named_with_a_slash(self):
+        self.in_a_folder_with_examples('mine')
+        server = self.serve((200, {'ipv6': 'fd00:faa5:1:0::a', 'dns': 'x.faas', 'warning': None}))
+        self.fails('new', 'mine/', says='there is no file or folder mine/')            # not the example
+        self.folder({'handler.py': ''}, 'mine')
+        self.folder({'handler.py': ''}, 'Mine')
+        for words in ('mine/', './mine', './mine/', f'{self.home}/mine', '../' + os.path.basename(self.home) + '/mine'):
+            self.assertEqual(0, self.faas('new', words)[0])
+            self.assertIn('/api/new?name=mine&', server.seen[-1][1])
+        os.chdir('mine')
+        self.assertEqual(0, self.faas('new', '.')[0])
+        self.assertIn('/api/new?name=mine&from=.', server.seen[-1][1])
+        self.fails('new', '../Mine/', code=2, says="'Mine' is not a name", hints='./faas new NAME ../Mine/')
+
+    def test_a_folder_that_is_almost_a_function_is_told_what_it_lacks(self):
+        self.in_a_folder_with_examples()
+        for files, hint in ((('Dockerfile', 'package.json'), 'there is a Dockerfile: build it and hand over the image: '
+                             'docker build -t app ./app && docker save app | ./faas new app'),
+                            (('Containerfile',), 'there is a Containerfile: build it'),
+                            (('package.json',), 'there is a package.json: add a faas.toml with the line: '
+                             'command = ["node", "server.js"]'),
+                            (('requirements.txt',), 'there is a requirements.txt: add a handler.py, or a faas.toml'),
+                            (('compose.yaml',), 'there is a compose.yaml: each service'),
+                            (('go.mod',), 'there is a go.mod: build the program'),
+                            (('notes',), 'to name another: ./faas new app PATH')):
+            shutil.rmtree('app', ignore_errors=True)
+            self.folder(dict.fromkeys(files, ''), 'app')
+            self.fails('new', 'app', says='./app has no handler.py, no faas.toml and no Procfile', hints=hint)
+
+    def test_what_is_left_out_is_said_once(self):
+        self.serve((200, {'ipv6': 'fd00:faa5:1:0::a', 'dns': 'x.faas', 'warning': None}))
+        folder = self.folder({'handler.py': '', '.env': 'SECRET=1', '.venv/x': '', 'a/.venv/y': '', 'notes.txt': ''})
+        said = 'Left out: .env, .venv (a .faasignore decides otherwise: !.env)\n'
+        self.assertEqual(f'Deploying x from {folder}\n{said}', self.faas('new', 'x', str(folder))[2])
+        (folder / '.faasignore').write_text('!.env\n!.venv\nnotes.txt\n')
+        self.assertEqual(f'Deploying x from {folder}\n', self.faas('new', 'x', str(folder))[2])
 
     def test_a_warning_is_no_failure(self):
         self.serve((200, {'name': 'a', 'ipv6': 'fd00:faa5:1:0::a', 'dns': 'a.faas',
                           'warning': 'deployed, not yet in DNS'}))
         code, out, err = self.faas('new', 'a', str(self.folder({'handler.py': ''})))
-        self.assertEqual((code, err), (0, 'warning: deployed, not yet in DNS\n'))
+        self.assertEqual((code, err), (0, f'Deploying a from {self.home}/f\nwarning: deployed, not yet in DNS\n'))
         self.assertTrue(out.startswith('Deployed a at '))
 
     def test_a_failed_start_shows_the_functions_last_lines(self):
         self.serve((422, {'error': 'a did not start', 'hint': 'mend it', 'log': ['Traceback', '\x1bImportError: x']}))
         code, out, err = self.faas('new', 'a', str(self.folder({'handler.py': ''})))
         self.assertEqual((code, out), (1, ''))
-        self.assertEqual(err, 'error: a did not start\n  | Traceback\n  | ?ImportError: x\nhint: mend it\n')
+        self.assertEqual(err, f'Deploying a from {self.home}/f\nerror: a did not start\n  | Traceback\n'
+                         '  | ?ImportError: x\nhint: mend it\n')
 
     def test_a_refusal_in_the_middle_of_an_upload_gives_its_reason(self):
         def refuse(handler, body):
@@ -684,6 +816,53 @@ class TestApi(ApiCase):
         with mock.patch.object(faas, 'address_towards', return_value='fd00:faa5:0:100::a'), \
                 mock.patch.object(faas.http.client.HTTPConnection, 'connect', side_effect=TimeoutError('timed out')):
             self.fails('list', says='8080: no answer in time', hints='vpn status')
+
+    def test_rm_asks_on_a_terminal_alone(self):
+        server = self.serve((200, b''))
+        for answer in '', '\n', 'n\n', 'yess\n', '\x1b[A\n':
+            code, out, err = self.faas('rm', 'shop', stdin=answer, asked=True)
+            self.assertEqual((code, out), (1, ''))
+            self.assertTrue(err.startswith('Remove the function shop, its code and its address? [y/N] '), err)
+            self.assertIn('error: shop was not removed\nhint: ', err)
+        self.assertEqual([], server.seen)
+        for answer in 'y\n', 'Y\n', ' yes \n':
+            self.assertEqual((0, 'Removed shop\n'), self.faas('rm', 'shop', stdin=answer, asked=True)[:2])
+        for words in ('rm', '-y', 'shop'), ('rm', 'shop', '--yes'), ('delete', 'shop', '-y'):
+            self.assertEqual((0, 'Removed shop\n', ''), self.faas(*words, asked=True))
+        self.assertEqual((0, 'Removed shop\n', ''), self.faas('rm', 'shop', stdin='n\n'))
+        self.assertEqual([('DELETE', '/api/remove/shop')] * 7, [seen[:2] for seen in server.seen])
+
+    def test_what_a_server_of_another_version_does_not_know(self):
+        def answer(handler, body):
+            if handler.path != '/api/health':
+                handler.send(404, {'error': f'there is no {handler.path}', 'hint': 'docs/API.md lists what there is'})
+            else:
+                handler.send(200, {'status': 'ok', **server.health})
+
+        server = self.serve(answer)
+        for server.health, hint in (({'version': '0.1.9'}, 'this server runs faasd 0.1.9 and does not know this; this '
+                                      'client is 0.2.0: upgrade the server'),
+                                    ({'version': '0.10.0'}, 'faasd 0.10.0 .* upgrade the client'),
+                             ({}, 'an older faasd .* upgrade the server'), ({'version': faas.VERSION}, 'docs/API.md'),
+                             ({'version': 7}, 'faasd 7 .* upgrade the client'), ({'version': []}, 'faasd ')):
+            for words in ('ip', 'a'), ('vpn', 'invite'), ('list',):
+                err = self.fails(*words, says='there is no /api/')
+                self.assertRegex(err, f'\nhint: .*{hint}')
+                self.assertEqual(2, len(err.splitlines()))
+        self.serve((404, {'error': "there is no function 'a'", 'hint': 'see faas list'}))
+        self.fails('ip', 'a', hints='hint: see faas list')
+        self.serve((404, {'error': 'there is no /api/ip/a', 'hint': None}))            # health is not there, either
+        self.fails('ip', 'a', says='there is no /api/ip/a')
+
+    def test_invite_warns_of_an_address_that_nobody_can_reach(self):
+        for endpoint in 'localhost', '127.0.0.1', '[::1]:51820', 'localhost:7':
+            self.serve((200, {'token': token(e=endpoint), 'expires': '2026-11-23T21:00:00Z'}))
+            code, out, err = self.faas('vpn', 'invite')
+            self.assertEqual((code, len(out.splitlines())), (0, 1))
+            self.assertIn('warning: no other machine can reach this server at ', err)
+            self.assertIn('set FAAS_VPN_ENDPOINT', err)
+        self.serve((200, {'token': token(), 'expires': '2026-11-23T21:00:00Z'}))
+        self.assertNotIn('warning', self.faas('vpn', 'invite')[2])
 
     def test_invite_prints_the_line_to_paste_alone(self):
         server = self.serve((200, {'token': token(), 'name': None, 'expires': '2026-11-23T21:00:00Z'}))
@@ -896,7 +1075,8 @@ class TestConnectRefusals(Case):
 
     def test_a_name_that_is_taken(self):
         faas.Store().save('default', {**CONFIG, 'invite': 'f' * 16})
-        self.fails('vpn', 'connect', '--invite', token(), says='is taken', hints='default-2')
+        err = self.fails('vpn', 'connect', '--invite', token(), says='is taken', hints='./faas vpn connect default-2')
+        self.assertIn('./faas vpn remove default (add --local if the server has removed this machine), then paste', err)
         self.fails('vpn', 'connect', '--server', 'h', says='is taken', hints='to use that')
         with mock.patch.object(faas, 'connect_again', return_value=0) as again, \
                 mock.patch.dict(os.environ, FAAS_INVITE=token()):
@@ -915,7 +1095,14 @@ class TestConnectRefusals(Case):
         invites = [call[0][4] for call in first.call_args_list]
         self.assertEqual([invite and invite.id for invite in invites], ['0123456789abcdef'] * 2 + [None])
         self.assertEqual(first.call_args[0][2:4] + first.call_args[0][5:], ('laptop', True, ('2001:db8::1', 7)))
-        self.fails('vpn', 'connect', '--server', 'a b', code=2, says='is no HOST[:PORT]')
+        with mock.patch.object(faas, 'connect_first', return_value=0) as first:
+            for words in ([token()], ['laptop', token()], [token(), 'laptop'], ['--mtu', '1400', token()]):
+                code, _, err = self.faas('vpn', 'connect', *words)
+                self.assertEqual((0, '0123456789abcdef'), (code, first.call_args[0][4].id))
+                self.assertEqual('laptop' if 'laptop' in words else 'default', first.call_args[0][2])
+                self.assertRegex(err, r'\Awarning: other users .* can see .*FAAS_INVITE.*--invite - .*\n\Z')
+            self.assertEqual('', self.faas('up', '--invite', token())[2])
+        self.fails('vpn', 'connect', '--server', 'a b', code=2, says='is not HOST[:PORT]')
         self.fails('vpn', 'connect', '--server', 'h', '--invite', token(), code=2, says='exclude each other')
 
     def test_an_interface_of_somebody_else(self):
@@ -972,13 +1159,29 @@ class TestFolder(Case):
         (folder / 'b/a.py').chmod(0o700)
         (folder / 'link').symlink_to('b/a.py')
         first, left_out = self.packed(folder)
-        self.assertEqual((self.packed(folder)[0], left_out), (first, []))
+        self.assertEqual((self.packed(folder)[0], left_out), (first, ([], ['.git', '__pycache__', '*.pyc'])))
         members = tarfile.open(fileobj=io.BytesIO(first)).getmembers()
         self.assertEqual([member.name for member in members],
                          ['a b', 'b', 'b/a.py', 'b/z.py', 'handler.py', 'link'])
         self.assertEqual({(member.uid, member.gid, member.uname) for member in members}, {(0, 0, '')})
         self.assertEqual([member.mode for member in members], [0o644, 0o755, 0o755, 0o644, 0o644, 0o777])
         self.assertEqual(members[5].linkname, 'b/a.py')
+
+    def test_defaults_are_left_out_and_a_faasignore_decides_otherwise(self):
+        files = ('handler.py', '.env', 'b/.env', '.env.example', '.venv/bin/x', '.git/HEAD', 'old.pyc',
+                 'node_modules/a/x.js', 'node_modules/.cache/big', 'b/node_modules/.cache/big', '.cache/mine')
+        folder = self.folder(dict.fromkeys(files, ''))
+
+        def sent():
+            data, left_out = self.packed(folder)
+            return {m.name for m in tarfile.open(fileobj=io.BytesIO(data)) if m.isfile()}, left_out[1]
+
+        self.assertEqual(({'handler.py', '.env.example', 'node_modules/a/x.js', '.cache/mine'},
+                          ['.git', '.env', '.venv', '*.pyc', 'node_modules/.cache']), sent())
+        content = b'\xef\xbb\xbf# what to send\r\n!/.env\r\n\r\n!.venv/\nnode_modules\n.faas*\n'
+        (folder / '.faasignore').write_bytes(content)
+        self.assertEqual(({'handler.py', '.env', '.env.example', '.venv/bin/x', '.cache/mine'},
+                          ['.git', '.env', '*.pyc']), sent())
 
     def test_links_that_lead_out_are_refused_and_pipes_left_out(self):
         for target in ('/etc/passwd', '../secret', 'sub/../../secret'):
@@ -988,7 +1191,7 @@ class TestFolder(Case):
             self.assertIn('leads out of the folder', self.failure(self.packed, folder).message)
         (folder / 'l').unlink()
         os.mkfifo(folder / 'pipe')
-        self.assertEqual(self.packed(folder)[1], ['pipe'])
+        self.assertEqual(self.packed(folder)[1], (['pipe'], []))
 
     def test_a_file_that_shrinks_is_one_error(self):
         folder = self.folder({'handler.py': 'x' * 1000})
@@ -1005,16 +1208,17 @@ class TestFolder(Case):
             self.assertIn('installed/handlers/fib', err)
             for place in ('installed/handlers/fib', 'lib/handlers/fib', 'fib'):
                 self.folder({'handler.py': ''}, place)
-                self.assertEqual(faas.find_function('fib', None), os.path.realpath(place))
+                self.assertEqual(faas.find_function('fib', None), (
+                    os.path.realpath(place), './fib' if place == 'fib' else "the example 'fib'"))
             os.unlink('fib/handler.py')
             self.fails('new', 'fib', says='has no handler.py')
             self.fails('new', 'fib', 'lib/faas', says='no file or folder')
             said = self.fails('new', 'fib', 'a\n\x1bb').splitlines()[0]
             self.assertEqual('error: there is no file or folder a ?b', said)
             pathlib.Path('image.tar').write_bytes(b'x' * 600)
-            self.fails('new', 'fib', 'image.tar', says='image.tar is no archive of an image')
+            self.fails('new', 'fib', 'image.tar', says='image.tar is not the archive of an image')
             self.folder({'faas.toml': 'command = ["node"]'}, 'other')
-            self.assertEqual(faas.find_function('other', None), os.path.realpath('other'))
+            self.assertEqual(faas.find_function('other', None), (os.path.realpath('other'), './other'))
             self.fails('new', 'other', '--image', 'x', says='this is a folder', code=2)
 
     def test_what_looks_like_an_archive(self):
@@ -1023,6 +1227,53 @@ class TestFolder(Case):
             self.assertTrue(faas.is_archive(start))
         for start in (b'', b'x' * 512, bytes(512), tar[:511], tar[:148] + b'00000000' + tar[156:]):
             self.assertFalse(faas.is_archive(start), start[:9])
+
+
+class TestIgnore(unittest.TestCase):
+    PATTERNS = (
+        '*.log', '!keep.log', '/top', 'top/', 'a/b', 'a/**', '**/b', 'a/**/d', '**', '*', '!*', 'a?c', 'a[bx]c',
+                'a[!b]c',
+        'a[^b]c', 'a[a-c]c', 'a[c-a]c', 'a[]]c', 'a[!]]c', 'a[bc', '[', 'a[\\]]c', '\\#x', '#x', '\\!x', '!x',
+                'blank\\ ',
+        'blank ', 'end\\', 'a//b', '/', '//', 'a/', 'a**c', '**c', 'a/*/d', 'd', '*/d', '/*/d', 'a/**/', '**/', '/**',
+        '**/a/**', 'a\\*c', 'b.*', '.*', 'a.c', 'a+c', '(x)', '[[:digit:]]', '[[:alpha:]x]*', 'ä*', 'a[b-]c', 'a[/]b',
+        'a[*]c', '{a,b}', '*/', '!a/', 'a/b/', 'x2/**/y', 'x2/**y', 'a[\\--/]c', '[[:punct:]]*', '!!x', ' x', 'top\\/x',
+    )
+    FILES = (
+        'one.log', 'keep.log', 'a/keep.log', 'top/x', 'b/top/y', 'a/b/c/d', 'a/d', 'a/x/d', 'b/d/e', 'd', 'abc', 'axc',
+             'aac',
+        'a]c', 'a[bc', '#x', '!x', 'x', 'blank ', 'blank', 'end\\', 'a*c', 'a\\c', 'a.c', 'a+c', '(x)', '7', 'äb',
+             'a-c',
+        '{a,b}', '.hidden', 'b.x', 'a^c', '[', 'x2/x/y', 'x2/y', 'q', ' x', '!!x',
+    )
+
+    def test_a_faasignore_is_read_as_git_reads_a_gitignore(self):
+        """git itself is the judge: by each pattern, alone and with others, the same files are left out."""
+        if shutil.which('git') is None:
+            self.skipTest('git is not installed')
+        folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        for path in self.FILES:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).touch()
+        (folder / 'link').symlink_to('a')
+        git = ['git', '-C', folder, '-c', 'core.excludesFile=']
+        subprocess.run([*git, 'init', '-q', '--template='], check=True)
+        self.enterContext(mock.patch.object(faas, 'LEFT_OUT', ('/.git',)))
+        pairs = [f'{one}\n{other}' for one in ('*', '*.log', 'a/*', '/*', 'a') for other in self.PATTERNS]
+        for content in [*self.PATTERNS, *pairs, '\n'.join(self.PATTERNS)]:
+            (folder / '.faasignore').write_text(content + '\n')
+            judged = subprocess.run([*git, 'ls-files', '-zo', '-X', folder / '.faasignore'],
+                                    check=True, capture_output=True).stdout.decode()
+            file = io.BytesIO()
+            faas.pack(os.path.realpath(folder), file)
+            members = tarfile.open(fileobj=io.BytesIO(file.getvalue())).getmembers()
+            ours = {member.name for member in members if not member.isdir() and not member.name.startswith('.git/')}
+            self.assertEqual(set(judged.split('\0')) - {'', '.faasignore'}, ours - {'.faasignore'}, content)
+
+    def enterContext(self, manager):            # unittest has it from 3.11 on
+        value = manager.__enter__()
+        self.addCleanup(manager.__exit__, None, None, None)
+        return value
 
 
 class TestUpload(Case):
@@ -1111,6 +1362,50 @@ class TestMain(Case):
             self.assertEqual(len(err.splitlines()), 2, err)
             self.assertNotIn('\x1b', err)
 
+    def test_what_other_tools_call_it(self):
+        functions = {verb: function for verb, function, *_ in faas.VERBS}
+        for words, verb, given in (('deploy a', 'new', {'name': 'a'}), ('ls', 'list', {}),
+                                   ('ps --json', 'list', {'json': True}),
+                                   ('delete a', 'rm', {'name': 'a'}), ('remove a', 'rm', {'name': 'a'}),
+                                   ('up', 'vpn connect', {'name': None}), ('up b', 'vpn connect', {'name': 'b'}),
+                                   ('down', 'vpn disconnect', {}),
+                                   ('qr phone', 'vpn create', {'name': 'phone', 'qr': True}),
+                                   ('vpn qr phone', 'vpn create', {'qr': True}),
+                                   ('vpn up b', 'vpn connect', {'name': 'b'}),
+                                   ('vpn down', 'vpn disconnect', {}), ('vpn ls', 'vpn list', {'peers': False}),
+                                   ('vpn rm b', 'vpn remove', {'name': 'b', 'local': False}),
+                                   ('status', 'vpn status', {}),
+                                   ('peers', 'vpn list', {'peers': True}), ('log a', 'logs', {'name': 'a'})):
+            function, args = faas.parse(words.split())
+            self.assertIs(function, functions[verb], words)
+            self.assertEqual(given, {key: getattr(args, key) for key in given}, words)
+        for alias, meant in faas.ALIASES.items():
+            self.assertNotIn(alias, functions)
+            self.assertEqual(1, sum(f'{meant} '.startswith(f'{verb} ') for verb in functions), alias)
+
+    def test_near_misses(self):
+        for words, meant in (('dploy', 'new'), ('lst', 'list'), ('nwe', 'new'), ('removee', 'rm'),
+                             ('create', 'vpn create'),
+                             ('conect', 'vpn connect'), ('vpn conect', 'vpn connect'), ('vpn stauts', 'vpn status'),
+                             ('vpn invit', 'vpn invite'), ('help dploy', 'new'), ('vpn help lst', 'vpn list')):
+            self.fails(*words.split(), code=2, says='there is no verb',
+                       hints=f"hint: did you mean '{meant}'? see: faas --help")
+        for words in 'x', 'vpn x', 'zzz', '':
+            self.assertNotIn('did you mean', self.fails(*(words.split() or ['']), code=2))
+
+    def test_version_and_help(self):
+        for word in '--version', '-V', 'version':
+            self.assertEqual((0, f'faas {faas.VERSION}\n', ''), self.faas(word))
+        for words, like in (('help', '--help'), ('help help', '--help'), ('--help --help', '--help'),
+                            ('help vpn', 'vpn --help'),
+                            ('help new', 'new --help'), ('help vpn connect', 'vpn connect --help'),
+                            ('vpn help connect', 'vpn connect --help'), ('help deploy', 'new --help'),
+                            ('vpn --help connect', 'vpn connect --help'), ('help up', 'vpn connect --help')):
+            self.assertEqual(self.faas(*like.split()), self.faas(*words.split()), words)
+        self.assertIn('\nThe same: deploy\n', self.faas('help', 'new')[1])
+        self.assertIn('\nThe same: qr (vpn create --qr), vpn qr (vpn create --qr)\n',
+                      self.faas('vpn', 'create', '--help')[1])
+
     def test_every_end_is_quiet(self):
         for error, code, says in ((KeyboardInterrupt(), 130, 'interrupted'), (faas.Stopped(15), 143, 'stopped'),
                                   (OSError(28, 'No space left on device', '/x'), 1, '/x: No space left'),
@@ -1166,6 +1461,12 @@ class TestDocs(Case):
         self.assertEqual(documented, [f'faas {faas.synopsis(verb, options)}' for verb, _, _, options in faas.VERBS])
         self.assertEqual(self.faas('vpn', '--help')[1].count('  faas vpn '), 7)
 
+    def test_every_alias_stands_in_the_docs(self):
+        docs = (REPO / 'docs/CLI.md').read_text()
+        table = dict(re.findall(r'^\| ((?:`[^`]+`(?:, )?)+) \| `([^`]+)` \|$', docs, re.MULTILINE))
+        found = {alias: meant for aliases, meant in table.items() for alias in re.findall('`([^`]+)`', aliases)}
+        self.assertEqual(faas.ALIASES, found)
+
     @unittest.skipIf(sys.version_info < (3, 11), 'the server\'s modules are of Python 3.11')
     def test_the_errors_in_the_docs_are_those_of_the_programs(self):
         said = [(REPO / 'install.sh').read_text()]
@@ -1206,6 +1507,26 @@ class TestProcess(unittest.TestCase):
     def test_it_is_executable_and_helps(self):
         self.assertTrue(os.access(FAAS, os.X_OK))
         self.assertEqual(self.run_it('--help').stdout.splitlines()[0], 'usage: faas VERB [ARGUMENTS]')
+
+    def test_hints_say_how_it_was_started(self):
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(FAAS, f'{folder}/faas')
+            os.mkdir(f'{folder}/links')
+            os.symlink('../faas', f'{folder}/links/faas')
+            environment = {'HOME': '/nonexistent', 'FAAS_SOCKET': '/nonexistent/s', 'PATH': os.environ['PATH']}
+            python = os.path.dirname(sys.executable)       # for #!/usr/bin/env python3
+            for command, path, said in (('./faas', python, './faas'), ('faas', f'{folder}:{python}', 'faas'),
+                                        ('faas', f'{folder}/links:{python}', 'faas'),
+                                        ('./faas', f'{folder}:{python}', './faas'),
+                                        (f'{folder}/faas', f'{folder}:{python}', 'faas'),
+                                        (f'{folder}/faas', python, './faas'), ('python3 faas', python, './faas')):
+                done = subprocess.run(['/bin/sh', '-c', f'{command} vpn status'], cwd=folder, capture_output=True,
+                                      text=True,
+                                      env={**environment, 'PATH': f'{path}:{environment["PATH"]}'}, timeout=30)
+                self.assertEqual(f'Status: Not connected\n\nTo connect: {said} vpn connect\n', done.stdout, command)
+            done = subprocess.run(['/bin/sh', '-c', 'faas list'], cwd=folder, capture_output=True, text=True,
+                                  env={**environment, 'PATH': f'{folder}:{environment["PATH"]}'}, timeout=30)
+            self.assertRegex(done.stderr, r'\nhint: .*elsewhere: faas vpn connect')
 
     def test_closed_streams_and_a_reader_that_goes(self):
         for unbuffered in ('', '1'):
@@ -1380,7 +1701,9 @@ class TestUploads(unittest.TestCase):
                 call = call or command.removeprefix('faas ')
                 said = self.sh(f'{before}{lab.REPO}/faas {call}'.replace('NAME', f'way{number}'))
                 self.assertRegex(said.stdout, f'Deployed way{number} at fd00:')
-                self.assertEqual('', said.stderr)
+                what = f'archive {re.search("small.tar$|pipe$", call)[0]}' if re.search('NAME [a-z]', call) else \
+                    'archive on standard input'
+                self.assertEqual(f'Deploying way{number} from the {what}\n', said.stderr)
                 self.serves(f'way{number}')
 
     def test_a_pipe_that_brings_nothing_is_no_folder(self):
@@ -1406,7 +1729,7 @@ class TestUploads(unittest.TestCase):
 
     def test_what_is_no_archive_is_said(self):
         done = self.sh(f'echo hello | {lab.REPO}/faas new hello', ok=(1,))
-        self.assertRegex(done.stderr, r'\Aerror: standard input is no archive of an image.*\nhint: docker save IMAGE')
+        self.assertRegex(done.stderr, r'\Aerror: standard input is not the archive of an image.*\nhint: docker save')
 
     def test_several_images_and_which_one(self):
         page = images.layer(('www/index.html', b'the other\n'))
@@ -1479,7 +1802,8 @@ class TestUploads(unittest.TestCase):
             'cp small.tar huge.tar; truncate -s 500M huge.tar; {} new huge huge.tar',
         ):
             done = self.sh(command.format(f'{lab.REPO}/faas'), ok=(1,))
-            self.assertRegex(done.stderr, r'\Aerror: .* more than FAAS_MAX_UPLOAD, 419430400\nhint: leave out')
+            self.assertRegex(done.stderr,
+                             r'\ADeploying .*\nerror: .* more than FAAS_MAX_UPLOAD, 419430400\nhint: leave')
         (self.folder / 'huge.tar').unlink()
 
     def test_progress_is_shown_on_a_terminal(self):
@@ -1528,7 +1852,7 @@ class TestUploadsThroughTheTunnel(unittest.TestCase):
                         'cat function.tar - </dev/zero | $faas new long'):
             with self.subTest(command):
                 said = self.sh(command, ok=(1,)).stderr
-                self.assertRegex(said, r'\Aerror: .* more than FAAS_MAX_UPLOAD, 8388608\nhint: leave out')
+                self.assertRegex(said, r'\ADeploying .*\nerror: .* more than FAAS_MAX_UPLOAD, 8388608\nhint: leave out')
 
     def test_a_refusal_is_heard(self):
         self.refusals()
@@ -1658,7 +1982,7 @@ VPN Interface: wg-faas
 Your IPv6: {address}
 
 Try it:
-  curl http://fibonacci.faas/?n=10
+  curl 'http://fibonacci.faas/?n=10'
 
 To disconnect:
   ./faas vpn disconnect
@@ -1962,6 +2286,9 @@ Saved VPN Configurations:
         self.server.run(['wg', 'set', 'wg0', 'peer', config['public_key'], 'remove'])
         done = self.faas('vpn', 'status', ok=(3,))
         self.assertIn('the server does not answer', done.stdout)
+        self.assertIn('Status: The server does not answer\n', done.stdout)
+        self.assertNotIn('Connected', done.stdout)
+        self.assertRegex(done.stderr, r'\Ahint: .*removed.*\./faas vpn remove default --local; .*new invite.*\n\Z')
         self.faas('vpn', 'disconnect')
         done = self.faas('vpn', 'connect', ok=(1,))
         self.assertIn('no WireGuard handshake', done.stderr)
