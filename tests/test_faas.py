@@ -1738,7 +1738,7 @@ class TestUploads(unittest.TestCase):
         with open(self.folder / 'both.tar', 'wb') as file:
             images.write(both, file)
         done = self.faas('faas new both both.tar', ok=(1,))
-        self.assertRegex(done.stderr, r'\Aerror: .*2 images.*a:1.*b:2.*\nhint: .*--image')
+        self.assertRegex(done.stderr, r'\ADeploying .*\nerror: .*2 images.*a:1.*b:2.*\nhint: .*--image')
         self.faas('faas new both both.tar --image b:2')
         self.serves('both', 'the other\n')
 
@@ -1775,7 +1775,8 @@ class TestUploads(unittest.TestCase):
             self.assertTrue([name for name in set(os.listdir(functions)) - names if name.startswith('.incoming-')])
             process.send_signal(signal.SIGINT)
             said = process.communicate(timeout=20)
-        self.assertEqual((130, '', 'error: interrupted\n'), (process.returncode, *said))
+        self.assertEqual((130, '', 'Deploying cut from the archive on standard input\nerror: interrupted\n'),
+                         (process.returncode, *said))
         lab.wait_until(lambda: set(os.listdir(functions)) == names, 20, 'the end of it')
         self.assertEqual(layers, set(os.listdir(functions.parent / 'layers')))
         self.assertNotIn('cut', [each['name'] for each in self.server.api('GET', '/api/list').json])
@@ -1789,7 +1790,7 @@ class TestUploads(unittest.TestCase):
         with open(writer, 'wb', buffering=0) as pipe:
             pipe.write(self.small[:20000])
             said = process.communicate(timeout=10)[1]
-        self.assertRegex(said, r"\Aerror: 'ns' is reserved\nhint: ")
+        self.assertRegex(said, r"\ADeploying .*\nerror: 'ns' is reserved\nhint: ")
         self.assertEqual(1, process.returncode)
 
     def test_a_path_may_be_a_pipe(self):
