@@ -1727,6 +1727,24 @@ class TestUploads(unittest.TestCase):
         lab.wait_until(lambda: self.server.status_of('slow')['revision'] == 1, 5, 'the old revision')
         self.faas('faas new slow small.tar')               # and nothing is under way
 
+    def test_a_program_that_the_server_lacks_is_no_fault_of_the_function(self):
+        (self.folder / 'lacks').mkdir()
+        (self.folder / 'lacks/faas.toml').write_text('command = ["node-of-nobody", "server.js"]\n')
+        done = self.faas('faas new lacks', ok=(1,))
+        self.assertRegex(done.stderr, "\nerror: the function does not start: the program 'node-of-nobody' is not "
+                         r'installed on the server\n(  \| .*\n)*hint: install it there, .* \./node-of-nobody\n\Z')
+        with open(self.folder / 'lacks.tar', 'wb') as file:
+            file.write(images.image(self.layers, {'Cmd': ['node-of-nobody']}))
+        done = self.faas('faas new lacks lacks.tar', ok=(1,))
+        self.assertRegex(done.stderr,
+                         r"there is no program 'node-of-nobody' in the image\n(  \| .*\n)*hint: build the program")
+
+    def test_a_folder_that_is_sent_without_the_client_is_told_what_it_lacks_too(self):
+        for name, hint in (('Dockerfile', 'docker save IMAGE'), ('package.json', '"node", "server.js"'),
+                           ('requirements.txt', 'add a handler.py'), ('notes', 'put a handler.py')):
+            reply = self.server.deploy('almost', images.layer((name, b'')))
+            self.assertIn(hint, reply.json['hint'])
+
     def test_what_is_no_archive_is_said(self):
         done = self.sh(f'echo hello | {lab.REPO}/faas new hello', ok=(1,))
         self.assertRegex(done.stderr, r'\Aerror: standard input is not the archive of an image.*\nhint: docker save')

@@ -138,7 +138,7 @@ class Containers:
         with self._lock:
             slot = next((slot for slot in range(1, ID_SLOTS) if slot not in self._slots), None)
             if slot is None:
-                raise ContainerError(f'{ID_SLOTS - 1} instances run already')
+                raise ContainerError(f'{ID_SLOTS - 1} instances run already', 'remove functions that nobody uses')
             self._slots.add(slot)
         bundle_dir = os.path.join(self._instances, ident)
         try:
@@ -179,7 +179,7 @@ class Containers:
             with self._lock:
                 self._slots.discard(slot)
             if isinstance(error, EXPECTED):
-                raise ContainerError(str(error)) from error
+                raise ContainerError(str(error), getattr(error, 'hint', None)) from error
             raise
 
     def _run(self, ident, name, spec, tree, bundle_dir, base, fds):
@@ -204,7 +204,8 @@ class Containers:
         run += ['--preserve-fds', '1'] if protocol.CHANNEL_FD in fds else []
         code = process.run_with_fds([*self._runtime, '--log', errors, *run, ident], fds)
         if code:
-            raise ContainerError(self._runtime_said(errors) or f'{self._runtime[0]} ended with exit code {code}')
+            said = self._runtime_said(errors) or f'{self._runtime[0]} ended with exit code {code}'
+            raise ContainerError(*program_missing(said, spec) or (said,))
 
     def _mapping(self, base):
         """The user namespace that maps the owners of layers to the range from `base`; made once, and kept."""
@@ -280,6 +281,17 @@ class Containers:
                     if any(line.startswith('oom_kill ') and line.split()[1] != '0' for line in file):
                         return True
         return False
+
+def program_missing(said, spec):
+    """(error, hint) when the runtime says that it found no such program on the PATH; else None."""
+    if not re.search(r'executable file .*not found in \$PATH', said):
+        return None
+    program = spec.args[0]
+    if spec.layers:
+        return f'there is no program {program!r} in the image', 'build the program into the image'
+    hint = 'install it there, in /usr/bin or /usr/local/bin, or put the program into the folder and start ./'
+    return f'the program {program!r} is not installed on the server', f'{hint}{os.path.basename(program)}'
+
 
 def listening(path, mode):
     """A unix socket that listens at `path`, which may be longer than an address of 108 bytes, for whom `mode` lets."""

@@ -24,6 +24,11 @@ def inside(path, name):
 
 FOLDER_HINT = 'send a tar of the folder that holds handler.py, faas.toml or a Procfile'
 ENTRY_HINT = 'put a handler.py, a faas.toml with `command = […]` or a Procfile into it'
+ALMOST = {  # what a folder without an entry has instead, and what it needs then
+    'Dockerfile': 'build the image and send that: docker save IMAGE | faas new NAME',
+    'package.json': 'add a faas.toml with the line: command = ["node", "server.js"]',
+    'requirements.txt': 'add a handler.py, or a faas.toml with the line: command = ["python3", "server.py"]',
+}
 
 
 def fill_folder(reader):
@@ -109,7 +114,11 @@ def folder_spec():
     settings = faas_toml()
     command = settings.pop('command', None) or procfile()
     if command is None and not os.path.isfile('handler.py'):
-        raise ImageError('there is no handler.py in the folder, no command in a faas.toml, and no Procfile', ENTRY_HINT)
+        seen = next(filter(os.path.isfile, ALMOST), None)
+        raise ImageError(
+            'there is no handler.py in the folder, no command in a faas.toml, and no Procfile',
+            f'there is a {seen}: {ALMOST[seen]}' if seen else ENTRY_HINT,
+        )
     port = settings.pop('port', None)
     return {
         'kind': 'command' if command else 'handler',

@@ -186,6 +186,7 @@ class Instance:
             if self._pipe:
                 self._pipe.wait()
             reason = str(error) if isinstance(error, ContainerError) else repr(error)
+            self.hint = getattr(error, 'hint', None)
             self._around.loop.call(self._ended, reason)
         else:
             self._around.loop.call(self._launched, *launched)
