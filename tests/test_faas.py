@@ -70,8 +70,8 @@ class Guard(BaseException):
     """A unit test was about to run a real command. No handler in the client may swallow it."""
 
 
-class Person(io.TextIOWrapper):
-    """A stream with a person at its other end."""
+class TerminalStream(io.TextIOWrapper):
+    """A stream that says it is a terminal."""
 
     def isatty(self):
         return True
@@ -99,7 +99,7 @@ class Case(unittest.TestCase):
 
     def faas(self, *words, stdin='', asked=False):
         """Run the client here: (exit code, stdout, stderr). `asked`: there is a person at stdin and stderr."""
-        kind = Person if asked else io.TextIOWrapper
+        kind = TerminalStream if asked else io.TextIOWrapper
         out = io.TextIOWrapper(io.BytesIO(), encoding='utf-8', write_through=True)
         err = kind(io.BytesIO(), encoding='utf-8', write_through=True)
         feed = kind(io.BytesIO(stdin.encode()))
@@ -956,10 +956,10 @@ class TestRegistration(ApiCase):
 
     def test_a_stranger_is_not_believed(self):
         for answer, says in (
-                (lambda h, b: self.answer(h, b, secret=b'T' * 32), 'its proof is wrong'),
+                (lambda h, b: self.answer(h, b, secret=b'T' * 32), 'the proof is wrong'),
                 (lambda h, b: self.answer(h, b, server_public_key=KEYS[0]), 'key is not the one in the invite'),
-                (lambda h, b: h.send(200, {'ipv6': 'fd00:faa5:0:100::a'}), 'its proof is wrong'),
-                (lambda h, b: h.send(200, b'<html>', Faas_Proof='\xe4'), 'its proof is wrong'),
+                (lambda h, b: h.send(200, {'ipv6': 'fd00:faa5:0:100::a'}), 'the proof is wrong'),
+                (lambda h, b: h.send(200, b'<html>', Faas_Proof='\xe4'), 'the proof is wrong'),
                 (lambda h, b: h.send(403, {'error': 'x'}), 'used up, expired or withdrawn'),
                 (lambda h, b: h.send(409, {'error': 'that key is taken'}), 'that key is taken'),
                 (lambda h, b: h.send(200, b'x' * 70000), 'longer than 64 KiB'),
@@ -1955,7 +1955,7 @@ class TestTunnel(unittest.TestCase):
         config = self.laptop.path('/root/.config/faas/vpn/default.json')
         config.write_text(json.dumps({**json.loads(config.read_text()), 'server_endpoint': 'both.example.com'}))
         done = self.faas('vpn', 'connect')
-        self.assertIn('[ok] Server at 203.0.113.10:51820 (no answer from its other address)', done.stdout)
+        self.assertIn('[ok] Server at 203.0.113.10:51820 (no answer from the other address)', done.stdout)
         self.assertIn('203.0.113.10', self.laptop.sh('wg show wg-faas endpoints'))
         self.faas('vpn', 'disconnect')
         self.assert_as_before()
