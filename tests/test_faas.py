@@ -5,6 +5,7 @@ The client runs by the Python that runs the tests: `python3.9 -m tests test_faas
 import ast
 import base64
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import http.server
@@ -20,10 +21,12 @@ import signal
 import socket
 import socketserver
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
+import termios
 import threading
 import time
 import unittest
@@ -1527,6 +1530,26 @@ class TestProcess(unittest.TestCase):
             done = subprocess.run(['/bin/sh', '-c', 'faas list'], cwd=folder, capture_output=True, text=True,
                                   env={**environment, 'PATH': f'{folder}:{environment["PATH"]}'}, timeout=30)
             self.assertRegex(done.stderr, r'\nhint: .*elsewhere: faas vpn connect')
+
+    def test_a_table_fits_the_terminal_that_it_is_on(self):
+        with tempfile.TemporaryDirectory() as home:
+            store = pathlib.Path(home, '.config/faas/vpn')
+            store.mkdir(parents=True)
+            for name in 'default', 'x' * 63:
+                (store / f'{name}.json').write_text(json.dumps({**CONFIG, 'name': name}))
+                (store / f'{name}.json').chmod(0o600)
+            for columns in 200, 80, 50, 45, 30:
+                ours, theirs = pty.openpty()
+                fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('4H', 24, columns, 0, 0))
+                environment = {'HOME': home, 'PATH': os.environ['PATH'], 'TERM': 'xterm', 'PYTHONUTF8': '1'}
+                subprocess.run([sys.executable, FAAS, 'vpn', 'list'], stdout=theirs, stderr=theirs, env=environment,
+                               timeout=30, check=True)
+                lines = os.read(ours, 65536).decode().splitlines()
+                os.close(ours)
+                os.close(theirs)
+                self.assertLessEqual(max(map(len, lines)), columns, lines)
+                self.assertEqual(columns > 45, '┌' in ''.join(lines), lines)
+                self.assertEqual(columns == 200, any('x' * 63 in line for line in lines), lines)
 
     def test_closed_streams_and_a_reader_that_goes(self):
         for unbuffered in ('', '1'):
