@@ -108,7 +108,7 @@ class TestDevices(unittest.TestCase):
     def test_a_number_that_is_no_mtu(self):
         for bad in ('1279', '9001', '0', '-1', 'x', '01300', '１３００'):
             done = self.faas('vpn', 'connect', f'--mtu={bad}', ok=(2,))
-            self.assertRegex(done.stderr, r'\Aerror: .* is no MTU from 1280 to 9000\nhint: .*\n\Z')
+            self.assertRegex(done.stderr, r'\Aerror: .* is not an MTU from 1280 to 9000\nhint: .*\n\Z')
 
     # Several configurations
 
