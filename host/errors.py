@@ -1,5 +1,7 @@
 """The base of every error that a person is told."""
 
+import errno
+
 
 class FaasError(Exception):
     """What went wrong, as one line; `hint` says what to do, `status` is the HTTP status of the answer."""
@@ -18,3 +20,8 @@ EXPECTED = (FaasError, OSError)
 
 class StartError(FaasError):
     """faasd cannot start."""
+
+
+def is_scarce(error: OSError) -> bool:
+    """True if the process or the host ran out of something. Then the error says nothing about what was asked for."""
+    return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)

@@ -47,12 +47,12 @@ class FirewallError(FaasError):
 class Firewall:
     """Keeps `table` (family inet) for the WireGuard `interface` and the server's two addresses."""
 
-    def __init__(self, table, interface, gateway, zone_server):
+    def __init__(self, table: str, interface: str, gateway: str, zone_server: str) -> None:
         self.table = table
         self._interface, self._gateway, self._zone_server = interface, gateway, zone_server
         self._loaded = None  # the table as it was when it was loaded
 
-    def load(self):
+    def load(self) -> None:
         """Put the nftables table in place; raises FirewallError: without it no socket may be handed out."""
         rules = RULES.format(
             table=self.table,
@@ -64,24 +64,42 @@ class Firewall:
         try:
             process.run(['nft', '-f', '-'], input=rules)
         except process.CommandError as error:
-            why = re.search(r'Error: (.*)', error.stderr)  # below it nft points to the place
             raise FirewallError(
-                f'the nftables table inet {self.table} cannot be loaded: {why[1] if why else error.reason}',
+                f'the nftables table inet {self.table} cannot be loaded: {_reason(error)}',
                 'a passed socket opens the host without it; install nftables (make deps), and a kernel with nft_socket',
             ) from error
         self._loaded = self._listing()
 
-    def is_loaded(self):
-        """True if the table is as load() left it: no flush, no rule less, none in the place of another."""
+    def is_loaded(self) -> bool:
+        """True if the table is as load() left it: no flush, no rule less, no rule in the place of another.
+
+        Raises FirewallError when nft could not look. The table may be there then, or not.
+        """
         return self._loaded is not None and self._listing() == self._loaded
 
-    def _listing(self):
-        """The table as nft sees it, less what changes by itself; None without it."""
+    def _listing(self) -> str | None:
+        """The table as nft sees it, less what changes by itself; None if there is none. Raises FirewallError."""
         try:
             text = process.run(['nft', '--json', 'list', 'table', 'inet', self.table]).stdout
-        except process.CommandError:
-            return None
+        except process.CommandError as error:
+            if error.exit_code == 1 and 'No such file or directory' in error.stderr:
+                return None
+            raise self._unknown(_reason(error)) from error
+        except OSError as error:  # nft could not be started: no descriptor, process or memory is left
+            raise self._unknown(error.strerror) from error
         return re.sub(r'"(handle|packets|bytes)": \d+', '', text)
 
-    def remove(self):
+    def _unknown(self, why: str) -> FirewallError:
+        return FirewallError(
+            f'the nftables table inet {self.table} cannot be looked at: {why}', f'nft list table inet {self.table}'
+        )
+
+    def remove(self) -> None:
+        """Take the table away; it may be gone already. Raises CommandError."""
         process.run(['nft', '-f', '-'], input=f'table inet {self.table}\ndelete table inet {self.table}\n')
+
+
+def _reason(error: process.CommandError) -> str:
+    """What nft says, in one line. Below that line nft points to the place."""
+    found = re.search(r'Error: (.*)', error.stderr)
+    return found[1] if found else error.reason

@@ -1,7 +1,8 @@
-"""Runs the programs that faasd leans on; no other module of the daemon starts one."""
+"""Runs the programs that faasd needs. No other module of the daemon starts a program."""
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import select
@@ -10,6 +11,8 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Container, Mapping, Sequence
+from typing import IO
 
 from host.errors import FaasError
 
@@ -24,17 +27,27 @@ class CommandError(FaasError):
 
     status = 503
 
-    def __init__(self, argv, reason, exit_code=None, stdout='', stderr=''):
+    def __init__(
+        self, argv: Sequence[str], reason: str, exit_code: int | None = None, stdout: str = '', stderr: str = ''
+    ) -> None:
         self.argv, self.reason, self.exit_code, self.stdout, self.stderr = argv, reason, exit_code, stdout, stderr
         super().__init__(f'{argv[0]}: {reason}')
 
 
-def run(argv, *, input=None, stdin=subprocess.DEVNULL, ok=(0,), timeout_s=30):
+def run(
+    argv: Sequence[str],
+    *,
+    input: str | None = None,
+    stdin: int | IO = subprocess.DEVNULL,
+    ok: Container[int] = (0,),
+    timeout_s: float = 30,
+) -> subprocess.CompletedProcess[str]:
     """Run argv to its end; text in (or a file as `stdin`), text out.
 
     Secrets go in by `input`, never by argv.
 
-    Raises CommandError when the program is missing, is too slow, or ends with a code that is not in `ok`.
+    Raises CommandError when the program is missing, is too slow, or ends with a code that is not in `ok`; OSError when
+    it cannot be started.
     """
     feed = {'stdin': stdin} if input is None else {'input': input}
     try:
@@ -51,10 +64,10 @@ def run(argv, *, input=None, stdin=subprocess.DEVNULL, ok=(0,), timeout_s=30):
     return done
 
 
-def start(argv, *, output=False, **environ):
+def start(argv: Sequence[str], *, output: bool = False, **environ: str) -> subprocess.Popen[bytes]:
     """Start a program that stays; with `output` its stdout and stderr are the process's `stdout`.
 
-    It gets a session of its own: a Ctrl-C at faasd's terminal is faasd's to handle.
+    It gets a session of its own: only faasd handles a Ctrl-C at the terminal. Raises CommandError, OSError.
     """
     streams = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT} if output else {}
     try:
@@ -65,8 +78,8 @@ def start(argv, *, output=False, **environ):
         raise CommandError(argv, 'not installed (make deps installs it)') from error
 
 
-def run_with_fds(argv, fds, timeout_s=30):
-    """Run argv to its end with `fds`, {its number there: our descriptor}, and no others; return its exit code."""
+def run_with_fds(argv: Sequence[str], fds: Mapping[int, int], timeout_s: float = 30) -> int:
+    """Run argv to its end with `fds`, {number there: descriptor here}, and no others; return its exit code."""
     actions = [(os.POSIX_SPAWN_OPEN, 0, '/dev/null', os.O_RDONLY, 0)]
     actions += [(os.POSIX_SPAWN_DUP2, fds[number], number) for number in sorted(fds)]
     try:
@@ -74,7 +87,12 @@ def run_with_fds(argv, fds, timeout_s=30):
         pid = os.posix_spawnp(argv[0], argv, environ, file_actions=actions, setpgroup=0)
     except FileNotFoundError as error:
         raise CommandError(argv, 'not installed (make deps installs it)') from error
-    pidfd = os.pidfd_open(pid)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:  # no descriptor is left: nothing would tell its end
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
     try:
         ended = select.poll()
         ended.register(pidfd, select.POLLIN)
@@ -89,8 +107,8 @@ def run_with_fds(argv, fds, timeout_s=30):
         os.close(pidfd)
 
 
-def user_namespace(mapping, timeout_s=5):
-    """A descriptor of a new user namespace with this line as its uid_map and gid_map (user_namespaces(7))."""
+def user_namespace(mapping: str, timeout_s: float = 5) -> int:
+    """A descriptor (owned by the caller) of a new user namespace with this uid_map and gid_map (user_namespaces(7))."""
     process = subprocess.Popen(['unshare', '--user', 'cat'], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     try:
         path = f'/proc/{process.pid}/ns/user'
@@ -107,35 +125,45 @@ def user_namespace(mapping, timeout_s=5):
         process.communicate()
 
 
-def reap_group(group):
-    """Reap what a program forked and did not wait for (crun does so): a subreaper inherits it a moment later."""
+def reap_group(group: int) -> None:
+    """Reap what a program forked and did not wait for, as crun does. A subreaper inherits it a moment later."""
     with contextlib.suppress(ChildProcessError):  # nobody is left
         for _ in range(10):
             if os.waitid(os.P_PGID, group, os.WEXITED | os.WNOHANG) is None:
                 time.sleep(0.005)
 
 
-def installed(program):
+def installed(program: str) -> bool:
     return shutil.which(program) is not None
 
 
-def start_time(pid):
-    """Clock ticks since boot at which `pid` started (proc(5), stat field 22), or None: with it a pid is unique."""
+def start_time(pid: int) -> int | None:
+    """Clock ticks since boot at which `pid` started (proc(5), stat field 22): with it a pid is unique.
+
+    None if there is no such process. Raises OSError when that cannot be told.
+    """
     try:
         with open(f'/proc/{pid}/stat') as file:
             return int(file.read().rpartition(')')[2].split()[19])
-    except (OSError, IndexError, ValueError):
+    except (FileNotFoundError, ProcessLookupError):  # before the file was open, or after that
         return None
 
 
-def finish(process):
-    """End and reap what `start` started."""
-    end(process.pid, start_time(process.pid))
-    process.wait()
+def finish(process: subprocess.Popen, timeout_s: float = 5) -> None:
+    """End and reap what `start` started: SIGTERM, then SIGKILL. Needs no descriptor: one may not be left."""
+    process.terminate()
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
-def end(pid, started, timeout_s=5):
-    """End process `pid` if it still is the one with that start time: SIGTERM, then SIGKILL. True if it was."""
+def end(pid: int, started: int | None, timeout_s: float = 5) -> bool:
+    """End process `pid` if it still is the one with that start time: SIGTERM, then SIGKILL. True if it was.
+
+    Raises OSError when it cannot be told whether it is.
+    """
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -155,17 +183,20 @@ def end(pid, started, timeout_s=5):
         os.close(pidfd)
 
 
-def process_of(tid):
-    """The process id of a thread; raises OSError when it is gone."""
+def process_of(tid: int) -> int:
+    """The process id of a thread. Raises OSError when the thread is gone."""
     with open(f'/proc/{tid}/status') as file:
         return int(re.search(r'^Tgid:\s*(\d+)', file.read(), re.MULTILINE)[1])
 
 
-def copy_of(tid, fd):
+def copy_of(tid: int, fd: int) -> int:
     """A descriptor (owned) of the open file that thread `tid` has at `fd`. Raises OSError."""
     try:
         pidfd = os.pidfd_open(tid, PIDFD_THREAD)
-    except OSError:  # an older kernel, whose threads share their descriptors but for rare ones
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # A kernel before 6.9. Threads of one process nearly always share their descriptors.
         pidfd = os.pidfd_open(process_of(tid))
     try:
         copy = libc.syscall(PIDFD_GETFD, pidfd, fd, 0)
@@ -177,7 +208,7 @@ def copy_of(tid, fd):
         os.close(pidfd)
 
 
-def socket_of(tid, fd):
+def socket_of(tid: int, fd: int) -> socket.socket:
     """The socket (owned) that thread `tid` has at `fd`. Raises OSError."""
     copy = copy_of(tid, fd)
     try:

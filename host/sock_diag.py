@@ -14,10 +14,10 @@ INET_DIAG_REQ_BYTECODE, INET_DIAG_BC_S_COND = 1, 7
 OPEN_STATES = sum(1 << state for state in (1, 3, 4, 5, 8, 9, 11))
 
 
-def open_connections(network, port):
+def open_connections(network: str, port: int) -> collections.Counter[tuple[bytes, int]]:
     """Counter of (local address packed, uid): the connections to `port` below `network` that are open.
 
-    The uid is of the process that accepted the connection, as the host sees it; 0 until somebody has. Raises OSError.
+    The uid is that of the process that accepted the connection, as the host sees it; 0 before that. Raises OSError.
     """
     net = ipaddress.IPv6Network(network)
     # struct inet_diag_hostcond, behind struct inet_diag_bc_op: to its end when it holds, past it when not.
@@ -46,6 +46,6 @@ def open_connections(network, port):
                 data = data[length + 3 & ~3 :]
 
 
-def cookie(sock):
+def cookie(sock: socket.socket) -> int:
     """The number by which the kernel knows a socket, whoever holds it: eight bytes as int."""
     return struct.unpack('Q', sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))[0]

@@ -5,9 +5,10 @@ import re
 import socket
 
 from host import process
+from host.errors import EXPECTED
 
 
-def notify(state):
+def notify(state: str) -> None:
     """Tell systemd (sd_notify(3)), if it asked to be told."""
     address = os.environ.get('NOTIFY_SOCKET')
     if address:
@@ -15,11 +16,14 @@ def notify(state):
             sock.sendto(state.encode(), '\0' + address[1:] if address.startswith('@') else address)
 
 
-def is_restart():
-    """True if it is systemd that ends this process, to start it again."""
+def is_restart() -> bool:
+    """True if systemd ends this process to start it again. False also when that cannot be told: then all is ended."""
     if 'NOTIFY_SOCKET' not in os.environ:
         return False
-    with open('/proc/self/cgroup') as file:  # of every unit it is the last part that ends so
-        units = set(re.findall(r'([^/\n]+\.service)', file.read()))
-    jobs = process.run(['systemctl', 'list-jobs', '--no-legend', '--plain'], ok=range(256)).stdout.splitlines()
+    try:
+        with open('/proc/self/cgroup') as file:  # the last part of a unit's path has this suffix
+            units = set(re.findall(r'([^/\n]+\.service)', file.read()))
+        jobs = process.run(['systemctl', 'list-jobs', '--no-legend', '--plain']).stdout.splitlines()
+    except EXPECTED:
+        return False
     return any(line.split()[1:3] == [unit, 'restart'] for line in jobs for unit in units)

@@ -1,7 +1,9 @@
 """The nftables table, on the real nft: it is there, and every way to lose it is noticed."""
 
 import os
+import pathlib
 import re
+import tempfile
 import unittest
 from unittest import mock
 
@@ -86,6 +88,30 @@ class Table(inside.InHost):
         wrong = mock.patch.object(firewall, 'RULES', 'table inet x {{ chain y {{ meta nonsense }} }}')
         with wrong, self.assertRaisesRegex(firewall.FirewallError, r'cannot be loaded: syntax error'):
             table.load()
+
+    @inside.inside
+    def test_a_table_that_cannot_be_looked_at_is_not_taken_for_gone(self):
+        table = firewall.Firewall('faas', 'wg0', registry.GATEWAY, registry.ZONE_SERVER)
+        table.load()
+        self.stack.callback(table.remove)
+        with inside.no_descriptor_left(), self.assertRaisesRegex(firewall.FirewallError, 'looked at: Too many open'):
+            table.is_loaded()
+        # nft itself has none left, or does not end.
+        program = self.stack.enter_context(tempfile.TemporaryDirectory())
+        fake, path = pathlib.Path(program, 'nft'), os.environ['PATH']
+        self.stack.callback(os.environ.update, PATH=path)
+        os.environ['PATH'] = f'{program}:{path}'
+        for script, why in (
+            ('echo "netlink.c:62: No socket: Too many open files" >&2; exit 3', 'Too many open'),
+            ('kill -9 $$', 'exit code -9'),
+        ):
+            fake.write_text(f'#!/bin/sh\n{script}\n')
+            fake.chmod(0o755)
+            with self.assertRaisesRegex(firewall.FirewallError, f'looked at: .*{why}') as caught:
+                table.is_loaded()
+            self.assertEqual(503, caught.exception.status)
+        os.environ['PATH'] = path
+        self.assertTrue(table.is_loaded())
 
     @inside.inside
     def test_without_nft_there_is_an_error_with_a_hint(self):

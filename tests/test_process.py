@@ -1,6 +1,7 @@
 """Programs are run as asked, their failures say why, and files are replaced whole."""
 
 import ctypes
+import errno
 import os
 import pathlib
 import signal
@@ -9,8 +10,8 @@ import tempfile
 import unittest
 from unittest import mock
 
-from host import files, process
-from tests import lab
+from host import files, process, systemd
+from tests import inside, lab
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -172,6 +173,56 @@ class End(unittest.TestCase):
             self.assertIsNone(child.poll())
             child.kill()
         self.assertFalse(process.end(child.pid, 1))
+
+
+class Finish(unittest.TestCase):
+    def test_a_child_is_ended_and_reaped_also_without_a_descriptor_and_one_that_ignores_sigterm(self):
+        for ignore in ('', 'trap "" TERM;'):
+            with process.start(['sh', '-c', f'{ignore} echo on; while :; do sleep 0.1; done'], output=True) as child:
+                self.assertEqual(b'on\n', child.stdout.readline())
+                try:
+                    with inside.no_descriptor_left():
+                        process.finish(child, timeout_s=0.3)
+                except BaseException:
+                    child.kill()
+                    raise
+                self.assertEqual(signal.SIGKILL if ignore else signal.SIGTERM, -child.returncode)
+            process.finish(child)  # it has ended by itself
+
+
+class NoDescriptorLeft(unittest.TestCase):
+    """What cannot be told is an error, and no answer."""
+
+    def raises(self, function, *args):
+        with inside.no_descriptor_left(), self.assertRaises(OSError) as caught:
+            function(*args)
+        self.assertEqual(errno.EMFILE, caught.exception.errno)
+
+    def test_a_process_that_lives_is_not_taken_for_another(self):
+        self.raises(process.start_time, os.getpid())
+        with process.start(['sleep', '1000']) as child:
+            try:
+                self.raises(process.end, child.pid, process.start_time(child.pid))
+                self.assertIsNone(child.poll())
+            finally:
+                child.kill()
+
+    def test_a_process_that_nobody_could_wait_for_is_not_left(self):
+        with mock.patch.object(os, 'pidfd_open', side_effect=OSError(errno.EMFILE, 'Too many open files')):
+            self.assertRaises(OSError, process.run_with_fds, ['sleep', '30'], {})
+        with self.assertRaises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+
+    def test_a_thread_that_lives_is_not_taken_for_one_of_an_older_kernel(self):
+        with mock.patch.object(process, 'process_of', side_effect=AssertionError):
+            self.raises(process.copy_of, os.getpid(), 0)
+
+    def test_an_end_whose_reason_cannot_be_told_is_no_restart(self):
+        with mock.patch.dict(os.environ, {'NOTIFY_SOCKET': '/run/no-such'}):
+            with inside.no_descriptor_left():
+                self.assertFalse(systemd.is_restart())
+            os.environ['PATH'] = '/nowhere'
+            self.assertFalse(systemd.is_restart())
 
 
 class StartTime(unittest.TestCase):
