@@ -9,13 +9,18 @@ import json
 import os
 import re
 import socket
-import time
+import stat
+import subprocess
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Protocol
 
 from host import files, process
-from host.errors import FaasError
+from host.errors import is_scarce
+from host.projected_folder import ProjectedFolder
+from host.wireguard import Interface, VPNError
 
 RANGE = 'fd00:faa5::/32'
-HANDSHAKE_FRESH_S = 180  # WireGuard's REJECT_AFTER_TIME: no session is older
 IPV6_FREEBIND = 78  # linux/in6.h
 WG0_CONF = """\
 [Interface]
@@ -34,14 +39,20 @@ PublicKey = {public_key}
 {preshared}AllowedIPs = {ipv6}/128
 """
 
-class VPNError(FaasError):
-    """WireGuard on this host is not as it must be."""
+Emit = Callable[..., None]  # emit(area, text, name=…, problem=…)
 
-    status = 503
+
+class Peer(Protocol):
+    """What is asked of a peer: a row of the registry has it."""
+
+    name: str
+    public_key: str
+    preshared_key: str | None
+    ipv6: str
 
 
 class BadKey(VPNError):
-    """Text that is no WireGuard key."""
+    """Text that is not a WireGuard key."""
 
     status = 400
 
@@ -50,7 +61,7 @@ class BadPeerFile(VPNError):
     """A file in peers/ that cannot be used."""
 
 
-def check_key(text):
+def check_key(text: str) -> str:
     """Return `text` if it is a WireGuard key as wg(8) writes it.
 
     32 bytes in base64, not all zero; else raise BadKey.
@@ -60,13 +71,15 @@ def check_key(text):
     except (AttributeError, ValueError, binascii.Error):
         key = b''
     if len(key) != 32 or base64.b64encode(key).decode() != text:
-        raise BadKey('this is no WireGuard key', "a key is 32 bytes in base64, 44 characters, as 'wg pubkey' prints it")
+        raise BadKey(
+            'this is not a WireGuard key', "a key is 32 bytes in base64, 44 characters, as 'wg pubkey' prints it"
+        )
     if not any(key):
-        raise BadKey('an all-zero key is no key', "make one: wg genkey | wg pubkey")
+        raise BadKey('an all-zero key is not a key', 'make one: wg genkey | wg pubkey')
     return text
 
 
-def parse_peer(text):
+def parse_peer(text: str) -> tuple[str, str | None, str]:
     """(public key, preshared key or None, IPv6 address) of a peer file in the document's form.
 
     Raises BadPeerFile, BadKey.
@@ -91,14 +104,14 @@ def parse_peer(text):
     try:
         network = ipaddress.IPv6Network(found['allowedips'])
     except ValueError as error:
-        raise BadPeerFile(f'has AllowedIPs that are no single IPv6 address: {found["allowedips"][:60]!r}') from error
+        raise BadPeerFile(f'has AllowedIPs that are not a single IPv6 address: {found["allowedips"][:60]!r}') from error
     if network.prefixlen != 128:
         raise BadPeerFile('has AllowedIPs with more than one address')
     preshared = found.get('presharedkey')
     return check_key(found['publickey']), preshared and check_key(preshared), str(network.network_address)
 
 
-def split_endpoint(text, default_port):
+def split_endpoint(text: str, default_port: int) -> tuple[str, int]:
     """(host, port) of 'host', 'host:port', an IPv4 or IPv6 address or '[IPv6]:port'; raises VPNError."""
     match = re.fullmatch(r'\[([0-9a-fA-F:.]+)\](?::([0-9]+))?|([^\s:\[\]/]+)(?::([0-9]+))?|([0-9a-fA-F:.]+)', text)
     host, port = (match[1] or match[3] or match[5], match[2] or match[4]) if match else (None, None)
@@ -109,161 +122,209 @@ def split_endpoint(text, default_port):
             return host, int(port or default_port)
     except ValueError:
         pass
-    raise VPNError(f'{text!r} is no endpoint', 'write host, host:port, an IPv4 address or [IPv6]:port')
+    raise VPNError(f'{text!r} is not an endpoint', 'write host, host:port, an IPv4 address or [IPv6]:port')
 
 
-def join_endpoint(host, port):
+def join_endpoint(host: str, port: int) -> str:
     return f'[{host}]:{port}' if ':' in host else f'{host}:{port}'
 
 
-class VPNManager:
-    """Keeps wg0, its files and its table as the registry says. `emit(area, text, …)` takes what happened."""
+class ServerKeys:
+    """The server's key pair: server_private.key and server_public.key in `directory`."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.private_path = os.path.join(directory, 'server_private.key')
+        self._public_path = os.path.join(directory, 'server_public.key')
+
+    def ensure(self) -> bool:
+        """Make the files that are missing; True if the pair is new. What is right is not written: a disk may be full.
+
+        Raises BadKey, CommandError, OSError.
+        """
+        made = False
+        try:
+            mode = os.stat(self.private_path).st_mode
+        except FileNotFoundError:  # only this says that there is no key yet
+            files.write_file(self.private_path, process.run(['wg', 'genkey']).stdout, mode=0o600)
+            made = True
+        else:
+            if stat.S_IMODE(mode) != 0o600:
+                os.chmod(self.private_path, 0o600)
+        derived = process.run(['wg', 'pubkey'], input=self.private() + '\n').stdout
+        if _read_if_any(self._public_path) != derived:
+            files.write_file(self._public_path, derived)
+        return made
+
+    def private(self) -> str:
+        """Raises BadKey, OSError."""
+        return check_key(_read(self.private_path).strip())
+
+    def public(self) -> str:
+        """Raises OSError."""
+        return _read(self._public_path).strip()
+
+    def is_private(self, key: str) -> bool:
+        return key == (_read_if_any(self.private_path) or '').strip()
+
+    def is_public(self, key: str) -> bool:
+        return key == (_read_if_any(self._public_path) or '').strip()
+
+
+class VPNManager(Interface):
+    """Keeps wg0 and its files as the registry says. `emit(area, text, …)` takes what happened."""
 
     def __init__(
         self,
-        emit,
-        gateway,
-        zone_server,
-        endpoint,
-        interface='wg0',
-        port=51820,
-        directory='/etc/wireguard',
-    ):
-        self.gateway, self.zone_server, self.endpoint = gateway, zone_server, endpoint
-        self.interface, self.port = interface, port
+        emit: Emit,
+        gateway: str,
+        zone_server: str,
+        endpoint: str,
+        interface: str = 'wg0',
+        port: int = 51820,
+        directory: str | os.PathLike[str] = '/etc/wireguard',
+    ) -> None:
+        super().__init__(interface, gateway)
+        self.zone_server, self.endpoint, self.port = zone_server, endpoint, port
         self.peers_dir = os.path.join(directory, 'peers')
-        self._directory, self._emit = directory, emit
-        self._complained = {}  # peer file → what was said of it, so that it is said once
+        self.folders = [os.fspath(directory), self.peers_dir]  # where a killed write may leave a temporary file
+        self._conf = os.path.join(directory, f'{interface}.conf')
+        self._keys, self._files, self._emit = ServerKeys(directory), ProjectedFolder(self.peers_dir), emit
+        self._complained: dict[str, str] = {}  # peer file → what was said of it, so that it is said once
+        self._locked_out: set[str] = set()  # public keys
+        self._lock = threading.Lock()  # of _locked_out
 
     # Keys and files
 
-    def ensure_keys(self):
-        """Make server_private.key (0600) and server_public.key where they are missing."""
+    def ensure_keys(self) -> None:
+        """Make server_private.key (0600), server_public.key and peers/ where they are missing."""
         os.makedirs(self.peers_dir, mode=0o700, exist_ok=True)
-        private, public = self._path('server_private.key'), self._path('server_public.key')
-        if not os.path.exists(private):
-            files.write_file(private, process.run(['wg', 'genkey']).stdout, mode=0o600)
-            self._emit('vpn', f'Made the server keys in {self._directory}')
-        os.chmod(private, 0o600)
-        derived = process.run(['wg', 'pubkey'], input=self._private_key() + '\n').stdout
-        with contextlib.suppress(FileNotFoundError):
-            if _read(public) == derived:
-                return
-        files.write_file(public, derived)
+        if self._keys.ensure():
+            self._emit('vpn', f'Made the server keys in {os.path.dirname(self.peers_dir)}')
 
-    def write_wg0_conf(self):
+    def write_wg0_conf(self) -> None:
         """Write wg0.conf in the document's form if there is none; one that we wrote gets the port of now."""
         wanted = WG0_CONF.format(
-            gateway=self.gateway, port=self.port, private_key=self._private_key(), peers_dir=self.peers_dir
+            gateway=self.gateway, port=self.port, private_key=self._keys.private(), peers_dir=self.peers_dir
         )
-        try:
-            found = _read(self._conf)
-        except FileNotFoundError:
-            found = ''
+        found = _read_if_any(self._conf) or ''
         ours = re.sub(r'^ListenPort = \d+$', f'ListenPort = {self.port}', found, flags=re.M) == wanted
         if found != wanted and (ours or not found):
             files.write_file(self._conf, wanted, mode=0o600)
 
-    def get_server_public_key(self):
-        return _read(self._path('server_public.key')).strip()
+    def get_server_public_key(self) -> str:
+        return self._keys.public()
 
-    def create_client_config(self, ipv6):
+    def create_client_config(self, ipv6: str) -> dict[str, str]:
         """What a new peer must know, in the document's fields.
 
         Its private key is made on its own side and stays there.
         """
         return {'ipv6': ipv6, 'server_public_key': self.get_server_public_key(), 'endpoint': self.endpoint}
 
-    def _private_key(self):
-        return check_key(_read(self._path('server_private.key')).strip())
-
-    def _path(self, name):
-        return os.path.join(self._directory, name)
-
-    @property
-    def _conf(self):
-        return self._path(f'{self.interface}.conf')
-
     # Peers
 
-    def peer_files(self):
-        """{name: text} of the peers/*.conf that can be read."""
-        files = {}
-        for entry in os.scandir(self.peers_dir):
-            if entry.name.endswith('.conf') and entry.is_file(follow_symlinks=False):
-                files[entry.name.removesuffix('.conf')] = _read(entry.path)
-        return files
+    def lock_out(self, public_keys: Iterable[str]) -> None:
+        """Take these peers off wg0 at once, whatever the disk and the registry say.
 
-    def complain(self, name, why):
+        They stay off it until project() is called without them: a removal may wait until the disk has room. That also
+        holds when this raises CommandError or OSError, for instance because wg0 is away.
+        """
+        keys = list(public_keys)
+        with self._lock:
+            self._locked_out.update(keys)
+        if keys:
+            process.run(['wg', 'set', self.interface, *(word for key in keys for word in ('peer', key, 'remove'))])
+
+    def locked_out(self) -> frozenset[str]:
+        """The public keys that lock_out() named and that the peers of the last project() still had."""
+        with self._lock:
+            return frozenset(self._locked_out)
+
+    def project(self, peers: Collection[Peer], removed: Iterable[str] = ()) -> None:
+        """Make wg0, and then peers/, hold just `peers` (registry rows) and none of the names in `removed`.
+
+        Peers that are locked out count as removed. Other files are left alone. WireGuard follows whatever the state of
+        peers/; a file that cannot be written does not keep the others from it, its OSError is raised at the end. Raises
+        CommandError, BadKey.
+        """
+        with self._lock:
+            self._locked_out &= {peer.public_key for peer in peers}
+        self._reload_wireguard(peers)
+        live = {peer.name: peer for peer in self._not_locked_out(peers)}
+        failed = self._each(self.remove_peer, {*removed, *(peer.name for peer in peers)} - live.keys())
+        names = self._files.differing({name: self._render(peer) for name, peer in live.items()})
+        failed = self._each(self.add_peer, [live[name] for name in names]) or failed
+        if failed:
+            raise failed
+
+    @staticmethod
+    def _each(step: Callable, items: Iterable) -> OSError | None:
+        """Do a step for every item; return an error of those that failed."""
+        failed = None
+        for item in items:
+            try:
+                step(item)
+            except OSError as error:
+                failed = error
+        return failed
+
+    def _not_locked_out(self, peers: Iterable[Peer]) -> list[Peer]:
+        locked_out = self.locked_out()
+        return [peer for peer in peers if peer.public_key not in locked_out]
+
+    def files_changed(self, peers: Iterable[Peer]) -> bool:
+        """True if peers/ is to be projected: a peer's file is missing or differs, or somebody put another one there.
+
+        Cheap enough for every few seconds. Raises OSError when it cannot be told.
+        """
+        return self._files.changed({peer.name: self._render(peer) for peer in self._not_locked_out(peers)})
+
+    def holds(self, peers: Iterable[Peer]) -> bool:
+        """True if wg0 has just these peers, less those that are locked out. Raises CommandError, OSError."""
+        return self.public_keys() == {peer.public_key for peer in self._not_locked_out(peers)}
+
+    def peer_files(self) -> dict[str, str]:
+        """{name: text} of peers/*.conf. Raises OSError when they cannot be read."""
+        return self._files.texts()
+
+    def complain(self, name: str, why: str) -> None:
         """Name a peer file that is left out, once for each reason."""
+        self._files.leave_out(name)
         if self._complained.get(name) != why:
             self._complained[name] = why
             self._emit('vpn', f'Left out {self.peers_dir}/{name}.conf: {why}', name=name, problem=True)
 
-    def project(self, peers, removed=()):
-        """Make peers/ and wg0 hold just `peers` (registry rows) and none of the names in `removed`.
+    def add_peer(self, peer: Peer) -> None:
+        """Write the file of a peer. Raises OSError."""
+        self._files.write(peer.name, self._render(peer))
 
-        Other files are left alone.
-        """
-        self._reload_wireguard(peers)  # first: who is removed is locked out, whatever the disk says
-        files = self.peer_files()
-        for name in removed:
-            if name in files:
-                self.remove_peer(name)
-        for peer in peers:
-            if files.get(peer.name) != self._render(peer):
-                self.add_peer(peer)
-
-    def add_peer(self, peer):
-        files.write_file(os.path.join(self.peers_dir, f'{peer.name}.conf'), self._render(peer), mode=0o600)
-
-    def remove_peer(self, name):
+    def remove_peer(self, name: str) -> None:
+        """Remove the file of a peer, which may be gone already. Raises OSError."""
         self._complained.pop(name, None)
-        files.remove_file(os.path.join(self.peers_dir, f'{name}.conf'))
+        self._files.remove(name)
 
     @staticmethod
-    def _render(peer):
+    def _render(peer: Peer) -> str:
         preshared = f'PresharedKey = {peer.preshared_key}\n' if peer.preshared_key else ''
         return PEER_CONF.format(name=peer.name, public_key=peer.public_key, preshared=preshared, ipv6=peer.ipv6)
 
-    def _reload_wireguard(self, peers):
+    def _reload_wireguard(self, peers: Iterable[Peer]) -> None:
         """Apply interface and peers as one complete file: `wg syncconf` takes away what it does not name."""
-        text = f'[Interface]\nListenPort = {self.port}\nPrivateKey = {self._private_key()}\n\n'
-        text += '\n'.join(self._render(peer) for peer in peers)
+        text = f'[Interface]\nListenPort = {self.port}\nPrivateKey = {self._keys.private()}\n\n'
+        text += '\n'.join(self._render(peer) for peer in self._not_locked_out(peers))
         with private_file(text) as path:
             process.run(['wg', 'syncconf', self.interface, path])
 
-    def public_keys(self):
-        """Those of the peers on wg0."""
-        return set(self._show('peers').split())
-
-    def active(self):
-        """The public keys of the peers with a fresh handshake; none when wg0 is away."""
-        try:
-            stamps = [line.split('\t') for line in self._show('latest-handshakes').splitlines()]
-        except process.CommandError:
-            return set()
-        return {key for key, stamp in stamps if time.time() - int(stamp) < HANDSHAKE_FRESH_S}
-
-    def _show(self, what):
-        return process.run(['wg', 'show', self.interface, what]).stdout.strip()
-
     # The interface
 
-    def index(self):
-        """The interface's number, 0 if there is none."""
-        with contextlib.suppress(OSError):
-            return socket.if_nametoindex(self.interface)
-        return 0
-
-    def check_host(self, moving=False):
+    def check_host(self, moving: bool = False) -> None:
         """Raise VPNError if this host has no room for our wg0: somebody else's, a port or addresses in use, no IPv6.
 
         Changes nothing. What an interface with our key has is free when we are `moving` from it to another name.
         """
         with contextlib.suppress(FileNotFoundError):
             found = re.search(r'^\s*PrivateKey\s*=\s*(\S+)', _read(self._conf), re.I | re.M)
-            if found and found[1] != self._own_key('server_private.key'):
+            if found and not self._keys.is_private(found[1]):
                 raise self._foreign(f'{self._conf} has another key')
         if self.index():
             self._check_key()
@@ -275,45 +336,40 @@ class VPNManager:
                 return self._check_range(own if moving else {self.interface})
         raise VPNError('IPv6 is switched off on this host', 'sysctl -w net.ipv6.conf.default.disable_ipv6=0')
 
-    def _own_interfaces(self):
+    def _own_interfaces(self) -> dict[str, str | None]:
         """{name: UDP port} of the interfaces that run with our key."""
         keys, ports = (
             dict(line.split() for line in process.run(['wg', 'show', 'all', what]).stdout.splitlines())
             for what in ('public-key', 'listen-port')
         )
-        own = self._own_key('server_public.key')
-        return {name: ports.get(name) for name, key in keys.items() if key == own}
+        return {name: ports.get(name) for name, key in keys.items() if self._keys.is_public(key)}
 
-    def _own_key(self, name):
-        try:
-            return _read(self._path(name)).strip()
-        except FileNotFoundError:
-            return None
-
-    def _foreign(self, why):
+    def _foreign(self, why: str) -> VPNError:
         return VPNError(
-            f"{self.interface} is not faasd's: {why} than {self._path('server_private.key')} has",
+            f"{self.interface} is not faasd's: {why} than {self._keys.private_path} has",
             'set FAAS_WG_INTERFACE to another name, such as wg1',
         )
 
-    def _check_key(self):
+    def _check_key(self) -> None:
         try:
             key = self._show('public-key')
         except process.CommandError as error:
+            if 'not supported' not in error.reason:  # by that interface, or by the kernel
+                raise
             raise VPNError(
-                f'{self.interface} is no WireGuard interface', 'set FAAS_WG_INTERFACE to another name'
+                f'{self.interface} is not a WireGuard interface', 'set FAAS_WG_INTERFACE to another name'
             ) from error
         if key == '(none)':
             raise VPNError(f'{self.interface} has no key yet', f'wg-quick@{self.interface} gives it one')
-        if key != self._own_key('server_public.key'):
+        if not self._keys.is_public(key):
             raise self._foreign('it runs with another key')
 
-    def check_port(self):
+    def check_port(self) -> None:
         """Raise VPNError if the UDP port is taken."""
         for any_address in ('0.0.0.0', '::'):
             refuse_taken(socket.SOCK_DGRAM, any_address, self.port, 'end that program, or set FAAS_WG_PORT')
 
-    def _check_range(self, own):
+    def _check_range(self, own: Iterable[str]) -> None:
         show = [json.loads(process.run(['ip', '-json', '-6', *what]).stdout or '[]') for what in (
             ['address', 'show', 'to', RANGE], ['route', 'show', 'root', RANGE])]
         taken = {item['ifname']: item['addr_info'][0]['local'] for item in show[0] if item}
@@ -324,7 +380,7 @@ class VPNManager:
                 f"take {interface} down; if that was faasd's interface: FAAS_WG_INTERFACE={interface}",
             )
 
-    def check_interface(self):
+    def check_interface(self) -> None:
         """Raise VPNError unless wg0 is up, a WireGuard interface, with our key and port and the gateway address."""
         if not self.index():
             raise VPNError(
@@ -347,55 +403,22 @@ class VPNManager:
                 f"add 'Address = {self.gateway}/64' to {self._conf}",
             )
 
-    def bring_up(self):
-        """Make wg0 by the kernel, else by wireguard-go; return wireguard-go's process, or None. Raises VPNError."""
-        child = None
+    def bring_up(self) -> subprocess.Popen | None:
+        """Make wg0 by the kernel, else by wireguard-go; return wireguard-go's process, or None.
+
+        Raises VPNError, CommandError, OSError; nothing is left then.
+        """
         self.check_port()
-        try:
-            process.run(['ip', 'link', 'add', self.interface, 'type', 'wireguard'])
-        except process.CommandError as error:
-            if not process.installed('wireguard-go'):
-                raise VPNError(
-                    f'the kernel has no WireGuard ({error.reason}) and wireguard-go is not installed',
-                    "'make deps' installs what is missing",
-                ) from error
-            # As -f does, but without its banner about kernels.
-            child = process.start(['wireguard-go', self.interface], WG_PROCESS_FOREGROUND='1', LOG_LEVEL='silent')
-            deadline = time.monotonic() + 10
-            while not self._answers():
-                if child.poll() is not None or time.monotonic() > deadline:
-                    child.kill()
-                    raise VPNError('wireguard-go does not start', 'it needs /dev/net/tun and root') from error
-                time.sleep(0.01)
+        child = self._make_interface()
         try:
             self._reload_wireguard([])
             self.set_up()
-        except process.CommandError:
+        except BaseException:
             self.take_down(child)
             raise
         return child
 
-    def set_up(self):
-        """Give wg0 its address and bring it up, also if both is so already."""
-        process.run(['ip', '-6', 'address', 'replace', f'{self.gateway}/64', 'dev', self.interface, 'nodad'])
-        process.run(['ip', 'link', 'set', 'mtu', '1420', 'up', 'dev', self.interface])
-
-    def _answers(self):
-        return self.index() and process.run(['wg', 'show', self.interface], ok=(0, 1)).returncode == 0
-
-    def take_down(self, child=None):
-        """Remove wg0 and end its wireguard-go, if any; both may be gone already."""
-        process.run(['ip', 'link', 'delete', self.interface], ok=(0, 1))
-        if child is not None:
-            process.finish(child)
-
-    def _link(self):
-        """(True if wg0 is up, the IPv6 addresses on it)."""
-        (link,) = json.loads(process.run(['ip', '-json', 'address', 'show', 'dev', self.interface]).stdout)
-        addresses = {ipaddress.IPv6Address(i['local']) for i in link['addr_info'] if i['family'] == 'inet6'}
-        return 'UP' in link['flags'], addresses
-
-    def project_addresses(self, wanted):
+    def project_addresses(self, wanted: Iterable[str]) -> None:
         """Make wg0 hold just the function addresses `wanted` and the zone server's, beside its own."""
         functions = ipaddress.IPv6Network('fd00:faa5:1::/48')
         _, actual = self._link()
@@ -410,13 +433,20 @@ class VPNManager:
             self._emit('listener', f'Configured {wanted[address]}/128 on {self.interface} interface')
 
 
-def _read(path):
+def _read(path: str) -> str:
     with open(path, encoding='utf-8', errors='replace') as file:
         return file.read()
 
 
+def _read_if_any(path: str) -> str | None:
+    try:
+        return _read(path)
+    except FileNotFoundError:
+        return None
+
+
 @contextlib.contextmanager
-def private_file(text):
+def private_file(text: str) -> Iterator[str]:
     """The path, for children, of a file without a name that holds `text` for as long as the context lasts."""
     with open(os.memfd_create('wg', os.MFD_CLOEXEC), 'w') as file:
         file.write(text)
@@ -424,8 +454,11 @@ def private_file(text):
         yield f'/proc/{os.getpid()}/fd/{file.fileno()}'
 
 
-def refuse_taken(kind, address, port, hint):
-    """Raise VPNError if `port` of that kind (SOCK_STREAM, SOCK_DGRAM) is taken; `address` may not be here yet."""
+def refuse_taken(kind: int, address: str, port: int, hint: str) -> None:
+    """Raise VPNError if `port` of that kind (SOCK_STREAM, SOCK_DGRAM) is taken; `address` may not be here yet.
+
+    Raises OSError when it cannot be told.
+    """
     family = socket.AF_INET6 if ':' in address else socket.AF_INET
     with socket.socket(family, kind | socket.SOCK_CLOEXEC) as sock:
         if family == socket.AF_INET6:
@@ -436,21 +469,27 @@ def refuse_taken(kind, address, port, hint):
         try:
             sock.bind((address, port))
         except OSError as error:
-            if error.errno != errno.EADDRINUSE:
+            if error.errno == errno.EADDRNOTAVAIL:
                 return
+            if error.errno != errno.EADDRINUSE:
+                raise
             name = 'TCP' if kind == socket.SOCK_STREAM else 'UDP'
             holders = process.run(['ss', '-Hlnp', f'--{name.lower()}', f'sport = :{port}'], ok=range(256)).stdout
             holder = re.search(r'\(\("([^"]+)"', holders)
             raise VPNError(f'{name} port {port} is in use{f" by {holder[1]}" if holder else ""}', hint) from error
 
 
-def default_address():
-    """The address that the default route leaves from (IPv4 before IPv6), or None.
+def default_address() -> str | None:
+    """The address that the default route leaves from (IPv4 before IPv6), or None if there is no such route.
 
-    Nothing is sent: connect() on UDP only looks it up.
+    Nothing is sent: connect() on UDP only looks it up. Raises OSError when it cannot be told.
     """
     for family, far in ((socket.AF_INET, '192.0.2.1'), (socket.AF_INET6, '2001:db8::1')):
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
-            sock.connect((far, 9))
-            return sock.getsockname()[0]
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+                sock.connect((far, 9))
+                return sock.getsockname()[0]
+        except OSError as error:
+            if is_scarce(error):
+                raise
     return None

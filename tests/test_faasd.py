@@ -918,7 +918,7 @@ class LivesOfAServer(unittest.TestCase):
 
         self.assertRegex(refusal(), r'^faasd: there is no interface wg0 \(.*wg-quick@wg0.*\)\n$')
         self.host.run(['ip', 'tuntap', 'add', 'wg0', 'mode', 'tun'])
-        self.assertRegex(refusal(), r'^faasd: wg0 is no WireGuard interface \(.*FAAS_WG_INTERFACE.*\)\n$')
+        self.assertRegex(refusal(), r'^faasd: wg0 is not a WireGuard interface \(.*FAAS_WG_INTERFACE.*\)\n$')
         self.host.run(['ip', 'link', 'delete', 'wg0'])
         self.host.run(['wg-quick', 'up', 'wg0'])
         self.assertRegex(refusal('--standalone'), r'^faasd: there is an interface wg0 already \(.*\)\n$')

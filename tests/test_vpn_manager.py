@@ -1,8 +1,11 @@
 """Keys, peer files, addresses and the table: what is written, and that the real wg0 and nft agree with it."""
 
 import base64
+import contextlib
+import errno
 import os
 import pathlib
+import shutil
 import stat
 import subprocess
 import tempfile
@@ -12,7 +15,7 @@ from unittest import mock
 
 import registry
 import vpn_manager
-from host import files, process
+from host import process, wireguard
 from tests import inside, lab
 
 KEYS = [base64.b64encode(bytes((number,)) * 32).decode() for number in range(1, 30)]
@@ -190,6 +193,27 @@ class ServerFiles(unittest.TestCase):
         self.manager.ensure_keys()
         self.assertEqual(right, self.manager.get_server_public_key())
 
+    def test_keys_that_are_right_are_not_written(self):
+        for name in 'server_private.key', 'server_public.key', 'peers':
+            self.assertTrue((self.folder / name).exists())
+        no_write = OSError(errno.EROFS, 'Read-only file system')
+        with (
+            mock.patch.object(vpn_manager.files, 'write_file', side_effect=no_write),
+            mock.patch.object(vpn_manager.os, 'chmod', side_effect=no_write),
+        ):
+            self.manager.ensure_keys()
+
+    def test_a_private_key_that_cannot_be_looked_at_is_not_replaced(self):
+        private = self.folder / 'server_private.key'
+        before = private.read_text()
+        with (
+            mock.patch('os.stat', side_effect=OSError(errno.EIO, 'Input/output error')),
+            self.assertRaises(OSError) as caught,
+        ):
+            self.manager._keys.ensure()
+        self.assertEqual(errno.EIO, caught.exception.errno)
+        self.assertEqual(before, private.read_text())
+
     def test_a_private_key_that_is_none_is_an_error_and_stays(self):
         (self.folder / 'server_private.key').write_text('garbage\n')
         with self.assertRaises(vpn_manager.BadKey):
@@ -239,6 +263,71 @@ class ServerFiles(unittest.TestCase):
         (peers / 'c.conf').mkdir()
         (peers / 'd.conf~').touch()
         self.assertEqual({'a': '\ufffd'}, self.manager.peer_files())
+
+    def test_a_missing_folder_has_no_files_and_is_made_for_the_next_one(self):
+        (self.folder / 'peers').rmdir()
+        self.assertEqual({}, self.manager.peer_files())
+        self.manager.remove_peer('laptop')
+        self.manager.add_peer(peer(0, 'laptop'))
+        self.assertEqual((0o700, 0o600), (self.mode('peers'), self.mode('peers/laptop.conf')))
+
+    def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(self):
+        self.manager.add_peer(peer(0))
+        with inside.no_descriptor_left():
+            self.assertRaises(OSError, self.manager.peer_files)
+            self.assertRaises(OSError, self.manager.files_changed, [peer(0)])
+        (self.folder / 'peers/peer0.conf').unlink()
+        (self.folder / 'peers').rmdir()
+        (self.folder / 'peers').touch()
+        self.assertRaises(NotADirectoryError, self.manager.peer_files)
+
+    def test_each_change_of_a_peer_file_is_noticed_until_it_is_mended(self):
+        peers, folder = [peer(0), peer(1)], self.folder / 'peers'
+        for each in peers:
+            self.manager.add_peer(each)
+        path, other = folder / 'peer0.conf', folder / 'other.conf'
+        text = path.read_text()
+
+        def gone():
+            for each in folder.iterdir():
+                each.unlink()
+            folder.rmdir()
+
+        for change in (
+            lambda: path.write_text(text.replace('::a', '::f')),
+            lambda: os.truncate(path, len(text) // 2),
+            lambda: os.truncate(path, 0),
+            path.unlink,
+            lambda: (path.unlink(), path.symlink_to('/dev/null')),
+            gone,
+        ):
+            self.assertFalse(self.manager.files_changed(peers))
+            change()
+            self.assertTrue(self.manager.files_changed(peers))
+            self.assertTrue(self.manager.files_changed(peers))
+            for each in peers:
+                self.manager.add_peer(each)
+            self.assertEqual(text, path.read_text())
+        self.assertFalse(self.manager.files_changed(peers))
+        self.assertTrue(self.manager.files_changed([peer(0, preshared_key=KEYS[9]), peer(1)]))
+        other.write_text('words')
+        self.assertTrue(self.manager.files_changed(peers))
+        self.manager.complain('other', 'no key')
+        self.assertFalse(self.manager.files_changed(peers))  # it is known what is wrong with it
+        other.write_text('other words')
+        self.assertTrue(self.manager.files_changed(peers))
+        other.unlink()
+        self.assertFalse(self.manager.files_changed(peers))
+
+    def test_files_that_have_not_changed_are_not_read_again(self):
+        self.manager.add_peer(peer(0))
+        self.assertFalse(self.manager.files_changed([peer(0)]))
+        with mock.patch('builtins.open', side_effect=AssertionError('it is read')):
+            self.assertFalse(self.manager.files_changed([peer(0)]))
+            self.assertEqual(['peer0'], list(self.manager.peer_files()))
+
+    def test_the_folders_it_writes_to_are_named(self):
+        self.assertEqual([str(self.folder), str(self.folder / 'peers')], self.manager.folders)
 
     def test_a_bad_file_is_named_once_for_each_reason(self):
         self.events.clear()
@@ -307,7 +396,7 @@ class Live(inside.InHost):
         manager = vpn_manager.VPNManager(
             lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x', interface='lo'
         )
-        with self.assertRaisesRegex(vpn_manager.VPNError, 'lo is no WireGuard interface'):
+        with self.assertRaisesRegex(vpn_manager.VPNError, 'lo is not a WireGuard interface'):
             manager.check_interface()
 
     @inside.inside
@@ -373,7 +462,7 @@ class Live(inside.InHost):
         lab.wait_until(lambda: not manager.index(), 5, 'the end of wg0')
         with self.assertRaises(process.CommandError) as caught:
             manager.project([peer(0)])
-        self.assertNotIn(manager._private_key(), ' '.join(caught.exception.argv))
+        self.assertNotIn(manager._keys.private(), ' '.join(caught.exception.argv))
         self.assertEqual([], [each for each in os.listdir('/run') if each.startswith('faasd-')])
 
     @inside.inside
@@ -383,14 +472,142 @@ class Live(inside.InHost):
             self.assertEqual(1, process.run(['setpriv', '--reuid', '65534', 'cat', path], ok=(1,)).returncode)
         self.assertFalse(os.path.exists(path))
 
+    def on_a_disk(self, manager, options):
+        """Put peers/ on a file system of its own."""
+        process.run(['mount', '-t', 'tmpfs', '-o', f'mode=700,{options}', 'test', manager.peers_dir])
+        self.stack.callback(process.run, ['umount', '--lazy', manager.peers_dir])
+
     @inside.inside
-    def test_who_is_removed_is_locked_out_whatever_the_disk_says(self):
+    def test_who_is_removed_is_locked_out_on_a_read_only_disk_and_the_files_follow_later(self):
+        manager = self.up()
+        self.on_a_disk(manager, 'size=1m')
+        manager.project([peer(0), peer(1)])
+        process.run(['mount', '-o', 'remount,ro', manager.peers_dir])
+        with self.assertRaises(OSError) as caught:
+            manager.project([peer(1), peer(2)], ['peer0'])
+        self.assertEqual(errno.EROFS, caught.exception.errno)
+        self.assertEqual({KEYS[1], KEYS[2]}, manager.public_keys())
+        self.assertTrue(manager.files_changed([peer(1), peer(2)]))
+        process.run(['mount', '-o', 'remount,rw', manager.peers_dir])
+        manager.project([peer(1), peer(2)], ['peer0'])
+        self.assertEqual({'peer1', 'peer2'}, manager.peer_files().keys())
+        self.assertFalse(manager.files_changed([peer(1), peer(2)]))
+
+    @inside.inside
+    def test_on_a_full_disk_a_removal_makes_room_and_what_cannot_be_written_keeps_nobody_out(self):
+        manager = self.up()
+        self.on_a_disk(manager, 'size=64k')
+        manager.project([peer(0), peer(1)])
+        pathlib.Path(manager.peers_dir, 'large').write_bytes(bytes(56 << 10))
+        manager.project([peer(2), peer(1)], ['peer0'])  # the file that goes makes room for the one that comes
+        self.assertEqual({'peer1', 'peer2'}, manager.peer_files().keys())
+        with self.assertRaises(OSError) as caught:
+            manager.project([peer(1), peer(2), peer(3)])
+        self.assertEqual(errno.ENOSPC, caught.exception.errno)
+        self.assertEqual({KEYS[1], KEYS[2], KEYS[3]}, manager.public_keys())
+
+    @inside.inside
+    def test_without_the_folder_peers_are_locked_out_and_the_folder_comes_back(self):
         manager = self.up()
         manager.project([peer(0), peer(1)])
-        read_only = mock.patch.object(files, 'remove_file', side_effect=OSError(30, 'Read-only file system'))
-        with read_only, self.assertRaises(OSError):
-            manager.project([peer(1)], ['peer0'])
-        self.assertEqual(KEYS[1], self.shown('peers').strip())
+        shutil.rmtree(manager.peers_dir)
+        manager.project([peer(1)], ['peer0'])
+        self.assertEqual({KEYS[1]}, manager.public_keys())
+        self.assertEqual(['peer1.conf'], os.listdir(manager.peers_dir))
+        self.assertEqual(0o700, stat.S_IMODE(os.stat(manager.peers_dir).st_mode))
+        # Another thing of that name: WireGuard follows all the same.
+        shutil.rmtree(manager.peers_dir)
+        pathlib.Path(manager.peers_dir).touch()
+        self.stack.callback(os.mkdir, manager.peers_dir)
+        self.stack.callback(os.unlink, manager.peers_dir)
+        self.assertRaises(OSError, manager.project, [], ['peer1'])
+        self.assertEqual(set(), manager.public_keys())
+
+    @inside.inside
+    def test_who_is_locked_out_stays_out_until_the_registry_has_it_no_more(self):
+        manager = self.up()
+        peers = [peer(0), peer(1)]
+        manager.project(peers)
+        manager.lock_out([])
+        manager.lock_out([KEYS[0], KEYS[7]])  # one that wg0 does not have is no error
+        self.assertEqual({KEYS[1]}, manager.public_keys())
+        self.assertTrue(manager.holds(peers))
+        self.assertTrue(manager.files_changed(peers))
+        manager.project(peers)  # the disk had no room to note the removal
+        self.assertEqual({KEYS[1]}, manager.public_keys())
+        self.assertEqual(['peer1'], list(manager.peer_files()))
+        self.assertFalse(manager.files_changed(peers))
+        self.assertEqual({KEYS[0]}, manager.locked_out())
+        manager.project(peers[1:], ['peer0'])
+        self.assertEqual(set(), manager.locked_out())
+        manager.project(peers)  # a new peer with the same key
+        self.assertEqual({KEYS[0], KEYS[1]}, manager.public_keys())
+
+    @inside.inside
+    def test_who_is_locked_out_while_wg0_is_away_does_not_come_back_with_it(self):
+        manager = self.up()
+        manager.take_down()
+        lab.wait_until(lambda: not manager.index(), 5, 'the end of wg0')
+        self.assertRaises(process.CommandError, manager.lock_out, [KEYS[0]])
+        self.up()
+        manager.project([peer(0), peer(1)])
+        self.assertEqual({KEYS[1]}, manager.public_keys())
+
+    @inside.inside
+    def test_a_lock_out_reads_no_file(self):
+        manager = self.up()
+        manager.project([peer(0), peer(1)])
+        process.run(['mount', '-t', 'tmpfs', '-o', 'ro', 'nothing', '/etc/wireguard'])
+        self.stack.callback(process.run, ['umount', '/etc/wireguard'])
+        manager.lock_out([KEYS[0]])
+        self.assertEqual({KEYS[1]}, manager.public_keys())
+
+    @inside.inside
+    def test_what_cannot_be_told_is_not_taken_for_an_interface_that_is_gone(self):
+        manager = self.up()
+        for look in manager.index, manager.check_interface, manager.active, vpn_manager.default_address:
+            with inside.no_descriptor_left(), self.subTest(look), self.assertRaises(OSError) as caught:
+                look()
+            self.assertEqual(errno.EMFILE, caught.exception.errno)
+        self.assertGreater(manager.index(), 0)
+        # wg itself has no descriptor left.
+        program, path = self.stack.enter_context(tempfile.TemporaryDirectory()), os.environ['PATH']
+        pathlib.Path(program, 'wg').write_text('#!/bin/sh\necho "No socket: Too many open files" >&2; exit 1\n')
+        os.chmod(os.path.join(program, 'wg'), 0o755)
+        os.environ['PATH'] = f'{program}:{path}'
+        self.stack.callback(os.environ.update, PATH=path)
+        for look in manager.check_interface, manager.active:
+            with self.subTest(look), self.assertRaisesRegex(process.CommandError, 'Too many open files'):
+                look()
+
+    @inside.inside
+    def test_a_port_that_cannot_be_tried_is_not_taken_for_free(self):
+        refused = mock.patch.object(vpn_manager.socket.socket, 'bind', side_effect=OSError(errno.ENOMEM, 'No memory'))
+        with refused, self.assertRaises(OSError) as caught:
+            vpn_manager.refuse_taken(vpn_manager.socket.SOCK_DGRAM, '::', 51820, 'hint')
+        self.assertEqual(errno.ENOMEM, caught.exception.errno)
+
+    @inside.inside
+    def test_a_wg0_that_is_too_narrow_for_ipv6_is_set_up_again(self):
+        manager = self.up()
+        process.run(['ip', 'link', 'set', 'mtu', '1000', 'dev', 'wg0'])  # the kernel takes its addresses away
+        with self.assertRaisesRegex(vpn_manager.VPNError, 'does not have the address'):
+            manager.check_interface()
+        manager.set_up()
+        manager.check_interface()
+        self.assertIn(' mtu 1420 ', process.run(['ip', 'link', 'show', 'wg0']).stdout)
+
+    @inside.inside
+    def test_nothing_is_left_of_a_wg0_that_does_not_come_up(self):
+        manager = vpn_manager.VPNManager(lambda *_, **__: None, registry.GATEWAY, registry.ZONE_SERVER, 'x')
+        manager.ensure_keys()
+        broken = OSError(errno.EMFILE, 'Too many open files')
+        for step in '_answers', '_reload_wireguard', 'set_up':
+            with mock.patch.object(manager, step, side_effect=broken), self.subTest(step):
+                with contextlib.suppress(OSError):
+                    manager.take_down(manager.bring_up())  # the kernel's WireGuard needs no _answers
+                lab.wait_until(lambda: not manager.index(), 5, 'the end of wg0')
+                self.assertNotIn('wireguard-go', process.run(['ps', '-e']).stdout)
 
     @inside.inside
     def test_only_function_addresses_are_added_and_taken_away(self):
@@ -441,7 +658,7 @@ class Tunnel(unittest.TestCase):
                 manager.project([row, peer(1), peer(2)])
                 after = manager.active(), manager.public_keys()
                 manager.project([peer(1)], ['laptop'])
-                with mock.patch('time.time', return_value=time.time() + vpn_manager.HANDSHAKE_FRESH_S):
+                with mock.patch('time.time', return_value=time.time() + wireguard.HANDSHAKE_FRESH_S):
                     return before, after, manager.active()
 
             before, after, removed = inside.call(server, again)
