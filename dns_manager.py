@@ -8,8 +8,11 @@ import secrets
 import socket
 import struct
 import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from host import files
+from host.disk import Signature, signature
+from host.errors import is_scarce
 
 # Both bound how long a client keeps NXDOMAIN (RFC 2308 section 5: the lesser of the two). The document's 60 would keep
 # a name that was asked for too early away for a minute. The records themselves keep the document's 60.
@@ -69,45 +72,65 @@ class DNSZoneManager:
 
     def __init__(
         self,
-        next_serial,
-        emit,
-        server,
-        zone_server,
-        zone_file='/var/lib/faasd/dns/faas.db',
-        corefile='/etc/coredns/Corefile',
-    ):
+        next_serial: Callable[[int | None], int],
+        emit: Callable[..., None],
+        server: str,
+        zone_server: str,
+        zone_file: str = '/var/lib/faasd/dns/faas.db',
+        corefile: str = '/etc/coredns/Corefile',
+    ) -> None:
         self.zone_file, self.corefile, self.server, self.zone_server = zone_file, corefile, server, zone_server
+        self.folders = [os.path.dirname(zone_file), os.path.dirname(corefile)]  # a killed write may leave a file there
         self._next_serial, self._emit = next_serial, emit
-        self._records = {}
+        self._records: dict[str, str] = {}
+        self._current: tuple[Signature, dict[str, str]] | None = None  # a zone file that is right, and its records
 
-    def project(self, records):
-        """Make the zone file hold just `records` ({name: ipv6}); a file that does already is left alone."""
+    def project(self, records: Mapping[str, str]) -> None:
+        """Make the zone file hold just `records` ({name: ipv6}); a file that does already is left alone.
+
+        Raises OSError.
+        """
         serial, served, text = self._read()
         self._records = dict(served)
         for name in served.keys() - records.keys():
             self.remove_record(name)
         for name, ipv6 in sorted(records.items() - served.items()):
             self.add_record(name, ipv6)
-        if serial is None or text != self._render(serial):
+        if serial is None or text != self._render(serial, self._records):
             self._write_zone(serial)
 
-    def add_record(self, name, ipv6):
+    def is_current(self, records: Mapping[str, str]) -> bool:
+        """True if the zone file holds just `records`; else a projection is due. Raises OSError when it cannot be told.
+
+        Cheap enough for every few seconds: the file is read again only when its signature differs.
+        """
+        found = signature(self.zone_file)  # first: a change after it has another signature
+        if found is None:
+            return False
+        if self._current != (found, records):
+            serial, _, text = self._read()
+            if serial is None or text != self._render(serial, records):
+                return False
+            self._current = found, dict(records)
+        return True
+
+    def add_record(self, name: str, ipv6: str) -> None:
         self._records[name] = ipv6
         self._emit('dns', f'Registered {name}.faas → {ipv6}', name=name)
 
-    def remove_record(self, name):
+    def remove_record(self, name: str) -> None:
         del self._records[name]
         self._emit('dns', f'Removed {name}.faas', name=name)
 
-    def _write_zone(self, seen):
+    def _write_zone(self, seen: int | None) -> None:
         os.makedirs(os.path.dirname(self.zone_file), mode=0o755, exist_ok=True)
-        files.write_file(self.zone_file, self._render(self._next_serial(seen)))
+        files.write_file(self.zone_file, self._render(self._next_serial(seen), self._records))
 
-    def _render(self, serial):
-        lines = [f'{name:<15} IN  AAAA  {ipv6}\n' for name, ipv6 in sorted(self._records.items())]
+    def _render(self, serial: int, records: Mapping[str, str]) -> str:
+        lines = [f'{name:<15} IN  AAAA  {ipv6}\n' for name, ipv6 in sorted(records.items())]
         return ZONE.format(serial=serial, server=self.server, negative=NEGATIVE_TTL_S) + ''.join(lines)
 
-    def _read(self):
+    def _read(self) -> tuple[int | None, dict[str, str], str]:
         """(serial, {name: ipv6}, text) of the zone file; serial None if there is none that can be read."""
         try:
             with open(self.zone_file, encoding='utf-8', errors='replace') as file:
@@ -121,20 +144,29 @@ class DNSZoneManager:
 
     # CoreDNS
 
-    def write_corefile(self, forwarders):
-        """Write the Corefile, unless a person made it theirs; without forwarders every other zone is REFUSED."""
-        with contextlib.suppress(FileNotFoundError), open(self.corefile, encoding='utf-8') as file:
-            if file.readline() != COREFILE_HEAD:
-                return
-        os.makedirs(os.path.dirname(self.corefile), exist_ok=True)
+    def write_corefile(self, forwarders: Sequence[str]) -> None:
+        """Write the Corefile, unless it is so already or a person made it theirs.
+
+        Without forwarders every other zone is REFUSED. To be called every few seconds: a file that was changed, cut or
+        deleted is written again. Raises OSError.
+        """
         text = COREFILE_HEAD + COREFILE.format(
             server=self.server, zone_server=self.zone_server, zone_file=self.zone_file
         )
         if forwarders:
             text += COREFILE_FORWARD.format(server=self.server, forwarders=' '.join(forwarders))
-        files.write_file(self.corefile, text)
+        try:
+            with open(self.corefile, encoding='utf-8', errors='replace') as file:
+                found = file.read()
+        except FileNotFoundError:
+            found = ''
+        # A person deletes the first line. A cut in that line leaves its beginning, or nothing.
+        ours = found.startswith(COREFILE_HEAD) or COREFILE_HEAD.startswith(found)
+        if ours and found != text:
+            os.makedirs(os.path.dirname(self.corefile), exist_ok=True)
+            files.write_file(self.corefile, text)
 
-    def wait_served(self, name, ipv6, timeout_s=10):
+    def wait_served(self, name: str, ipv6: str, timeout_s: float = 10) -> bool:
         """True as soon as CoreDNS itself answers `name` with `ipv6`, False after timeout_s."""
         deadline = time.monotonic() + timeout_s
         while True:
@@ -146,7 +178,9 @@ class DNSZoneManager:
             time.sleep(0.02)
 
 
-def query(server, name, kind=TYPE_AAAA, timeout_s=1):
+def query(
+    server: str, name: str, kind: int = TYPE_AAAA, timeout_s: float = 1
+) -> list[ipaddress.IPv6Address]:
     """The IPv6 addresses that `server` answers for `name` over UDP ([] for NXDOMAIN or none).
 
     OSError: no usable answer in time.
@@ -174,7 +208,7 @@ def query(server, name, kind=TYPE_AAAA, timeout_s=1):
         raise OSError('a broken answer') from error
 
 
-def _addresses(message, offset, count):
+def _addresses(message: bytes, offset: int, count: int) -> list[ipaddress.IPv6Address]:
     """The AAAA records among `count` resource records from `offset` (RFC 1035 section 4.1.3)."""
     found = []
     for _ in range(count):
@@ -189,15 +223,23 @@ def _addresses(message, offset, count):
     return found
 
 
-def default_forwarders(resolv_conf='/etc/resolv.conf', own=()):
-    """The document's two resolvers if one of them answers, else the host's own, less ourselves."""
+def default_forwarders(resolv_conf: str = '/etc/resolv.conf', own: Collection[str] = ()) -> list[str]:
+    """The document's two resolvers if one of them answers, else the host's own, less ourselves.
+
+    Raises OSError when it cannot be told which.
+    """
     for address in DOCUMENT_FORWARDERS:
-        with contextlib.suppress(OSError):
+        try:
             query(address, '.', TYPE_NS)
             return list(DOCUMENT_FORWARDERS)
+        except OSError as error:
+            if is_scarce(error):
+                raise
     try:
         with open(resolv_conf, encoding='utf-8', errors='replace') as file:
             nameservers = re.findall(r'^nameserver\s+(\S+)', file.read(), re.M)
-    except OSError:
+    except OSError as error:
+        if is_scarce(error):
+            raise
         return []
     return [address for address in nameservers if address not in own]

@@ -1,6 +1,7 @@
 """The zone file to the letter, its serial and its atomicity; and what the real CoreDNS makes of it."""
 
 import contextlib
+import errno
 import ipaddress
 import os
 import pathlib
@@ -153,6 +154,41 @@ class Zone(InFolder):
         self.manager.project(THREE)
         self.assertIn('hello ', self.zone.read_text())
 
+    def test_each_change_of_the_file_is_noticed_until_it_is_mended(self):
+        self.assertFalse(self.manager.is_current(THREE))
+        for change in (
+            lambda text: self.zone.write_text(text.replace('::a\n', '::f\n')),
+            lambda text: self.zone.write_text(text + 'evil IN  AAAA  ::1\n'),
+            lambda text: os.truncate(self.zone, text.index('fibonacci')),
+            lambda text: os.truncate(self.zone, 0),
+            lambda text: self.zone.unlink(),
+            lambda text: (self.zone.unlink(), self.zone.parent.rmdir()),
+        ):
+            self.manager.project(THREE)
+            self.assertTrue(self.manager.is_current(THREE))
+            change(self.zone.read_text())
+            self.assertFalse(self.manager.is_current(THREE))
+            self.assertFalse(self.manager.is_current(THREE))
+        self.manager.project(THREE)
+        self.assertTrue(self.make().is_current(THREE))
+        self.assertFalse(self.manager.is_current(THREE | {'new': 'fd00:faa5:1:0::d'}))
+        self.assertFalse(self.manager.is_current({}))
+
+    def test_a_file_that_has_not_changed_is_not_read_again(self):
+        self.manager.project(THREE)
+        self.assertTrue(self.manager.is_current(THREE))
+        with mock.patch.object(self.manager, '_read', side_effect=AssertionError('it is read')):
+            self.assertTrue(self.manager.is_current(dict(THREE)))
+
+    def test_what_cannot_be_told_is_not_taken_for_a_change(self):
+        self.manager.project(THREE)
+        with inside.no_descriptor_left(), self.assertRaises(OSError) as caught:
+            self.manager.is_current(THREE)
+        self.assertEqual(errno.EMFILE, caught.exception.errno)
+
+    def test_the_folders_it_writes_to_are_named(self):
+        self.assertEqual([str(self.zone.parent), str(self.corefile.parent)], self.manager.folders)
+
     def test_a_write_that_fails_leaves_the_old_file_and_no_other(self):
         self.manager.project(THREE)
         for step in ('fsync', 'replace'):
@@ -201,8 +237,28 @@ class Corefile(InFolder):
         self.assertIn('forward . 192.0.2.2 192.0.2.3\n', self.write(['192.0.2.2', '192.0.2.3']))
         self.corefile.write_text('. {\n}\n')
         self.assertEqual('. {\n}\n', self.write(['192.0.2.1']))
-        self.corefile.write_text('')
-        self.assertEqual('', self.write(['192.0.2.1']))
+        persons = b'# \xff is not UTF-8\n. {\n}\n'
+        self.corefile.write_bytes(persons)
+        self.manager.write_corefile(['192.0.2.1'])
+        self.assertEqual(persons, self.corefile.read_bytes())
+
+    def test_one_that_was_changed_cut_or_deleted_is_written_again(self):
+        text = self.write(['192.0.2.1'])
+        for change in (
+            lambda: self.corefile.write_text(text.replace('192.0.2.1', '192.0.2.66')),
+            lambda: os.truncate(self.corefile, len(text) // 2),
+            lambda: os.truncate(self.corefile, 10),
+            lambda: os.truncate(self.corefile, 0),
+            self.corefile.unlink,
+            lambda: (self.corefile.unlink(), self.corefile.parent.rmdir()),
+        ):
+            change()
+            self.assertEqual(text, self.write(['192.0.2.1']))
+
+    def test_one_that_is_right_is_not_written(self):
+        text = self.write(['192.0.2.1'])
+        with mock.patch.object(files, 'write_file', side_effect=OSError(errno.EROFS, 'Read-only file system')):
+            self.assertEqual(text, self.write(['192.0.2.1']))
 
 
 class Forwarders(unittest.TestCase):
@@ -225,6 +281,13 @@ class Forwarders(unittest.TestCase):
         text += 'nameserver  192.0.2.1\nnameserver 2001:db8::1\n'
         self.assertEqual(['192.0.2.1', '2001:db8::1'], self.ask(text))
         self.assertEqual([], self.ask(''))
+
+    def test_what_cannot_be_told_is_not_taken_for_no_answer_and_no_resolver(self):
+        with inside.no_descriptor_left(), self.assertRaises(OSError) as caught:
+            dns_manager.default_forwarders()
+        self.assertEqual(errno.EMFILE, caught.exception.errno)
+        with mock.patch.object(dns_manager, 'query', side_effect=TimeoutError), inside.no_descriptor_left():
+            self.assertRaises(OSError, dns_manager.default_forwarders)
 
     def test_a_host_without_resolv_conf_has_none(self):
         with mock.patch.object(dns_manager, 'query', side_effect=OSError):
