@@ -32,10 +32,23 @@ find_python() {
     die 'Python 3.11 or newer is needed as /usr/bin/python3 (apt install python3)'
 }
 
+ask_faasd() {                                       # ask_faasd CODE [ARGUMENT…]: Python on the modules of faasd
+    code=$1
+    shift
+    "$python" -c "import sys
+from control import settings
+from host import errors, version
+$code" "$@"
+}
+
 interface() {                                       # that of faasd.env, as faasd itself reads it
-    "$python" -c 'import sys, faasd
-try: print(faasd.read_settings({}, sys.argv[1])["wg_interface"])
-except faasd.StartError as error: sys.exit(f"install: {error} ({error.hint})")' "$destdir$env_file"
+    ask_faasd 'try: print(settings.read_settings({}, sys.argv[1])["wg_interface"])
+except errors.FaasError as error: sys.exit(f"install: {error} ({error.hint})")' "$destdir$env_file"
+}
+
+refuse_unknown() {                                  # refuse_unknown NAME…: settings that faasd does not have
+    ask_faasd 'unknown = [name for name in sys.argv[1:] if name not in settings.SETTINGS]
+if unknown: sys.exit(f"install: there is no setting {unknown[0]} (docs/API.md lists them)")' "$@"
 }
 
 runs_systemd() { [ -z "$destdir" ] && [ -d /run/systemd/system ]; }
@@ -78,11 +91,13 @@ install_files() {
 }
 
 install_units() {
-    wg=$(interface) coredns=/usr/local/bin/coredns  # not one in a home, which a service does not see
+    wg=$(interface)
+    version=$(ask_faasd 'print(version.VERSION)')
+    coredns=/usr/local/bin/coredns                  # not one in a home, which a service does not see
     [ -x $coredns ] || coredns=$(command -v coredns || echo $coredns)
     for unit in $units; do
         sed -e "s|@INTERFACE@|$wg|g; s|@PYTHON@|$python|g; s|@COREDNS@|$coredns|g; s|@LIB@|$lib|g" \
-            "systemd/$unit" | install -D -m 644 /dev/stdin "$destdir$unitdir/$unit"
+            -e "s|@VERSION@|$version|g" "systemd/$unit" | install -D -m 644 /dev/stdin "$destdir$unitdir/$unit"
     done
     rm -rf "$destdir$unitdir"/wg-quick@*.service.d/faasd.conf
     put 644 systemd/wg-quick@.conf "$unitdir/wg-quick@$wg.service.d/faasd.conf"
@@ -92,10 +107,11 @@ install_units() {
 read_given() {
     # Those of the client are no server's; FAAS_INVITE holds a secret.
     given=$(env | grep -E '^FAAS_[A-Z_]+=' | grep -vE '^FAAS_(INVITE|SERVER|SOCKET)=' || true)
-    for name in $(printf '%s' "$given" | cut -d = -f 1); do
-        grep -q "^    '$name': " control/settings.py || die "there is no setting $name (docs/API.md lists them)"
-        [ ! -e "$destdir$env_file" ] || unset "$name"
-    done
+    names=$(printf '%s' "$given" | cut -d = -f 1)
+    # shellcheck disable=SC2086 # one word for each name
+    refuse_unknown $names
+    # shellcheck disable=SC2086
+    [ ! -e "$destdir$env_file" ] || unset $names
 }
 
 install_env() {

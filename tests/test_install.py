@@ -2,6 +2,7 @@
 
 import unittest
 
+from host.version import VERSION
 from tests import boot, images, lab, programs
 
 FIBONACCI = 'fd00:faa5:1:0::a'
@@ -364,6 +365,8 @@ class Packaged(unittest.TestCase):
             units = host.sh('cat /tmp/tree/usr/lib/systemd/system/*.service')
             self.assertIn('/usr/lib/faasd/faasd.py', units)
             self.assertNotRegex(units, r'@[A-Z]+@|/tmp/tree')
+            for unit in host.sh('ls /tmp/tree/usr/lib/systemd/system/faas*').split():
+                self.assertTrue(host.sh(f'cat {unit}').startswith(f'# faasd {VERSION}\n'), unit)
             self.assertIn('FAAS_DNS_FORWARD=192.0.2.1', host.sh('cat /tmp/tree/etc/faasd/faasd.env'))
             self.assertEqual(before, host.sh('ls /usr/lib/faasd /usr/local/lib/faasd /etc/faasd 2>&1', ok=None))
             self.assertNotIn('\nfaas:', host.sh('cat /etc/group'))
@@ -378,6 +381,8 @@ class Packaged(unittest.TestCase):
             self.assertEqual('', host.sh('cd /tmp/tree; find . -type f'))
             refused = host.run(['make', 'install', 'DESTDIR=/tmp/tree', 'FAAS_WG_PROT=1'], ok=(2,)).stderr
             self.assertRegex(refused, '^install: there is no setting FAAS_WG_PROT ')
+            host.run(['make', 'install', 'DESTDIR=/tmp/tree', 'FAAS_WG_PORT=51999', 'FAAS_MEMORY=1G'])
+            host.run(['make', 'uninstall', 'DESTDIR=/tmp/tree', 'PURGE=1'])
             self.assertEqual('', host.sh('cd /tmp/tree; find . -type f'))
 
     def test_a_purge_takes_what_has_our_key_and_nothing_else(self):
