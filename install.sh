@@ -69,7 +69,7 @@ refuse_by_hand() {
 put() { install -D -m "$1" "$2" "$destdir$3"; }
 
 install_files() {
-    # As a whole beside the old ones, then in their place: a module that is no more does not stay.
+    # All new files are put beside the old ones, then in their place: an old module does not stay.
     new=$destdir$lib.new
     rm -rf "$new"
     trap 'rm -rf "$new"' EXIT

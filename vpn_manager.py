@@ -202,7 +202,7 @@ class VPNManager(Interface):
             self._emit('vpn', f'Made the server keys in {os.path.dirname(self.peers_dir)}')
 
     def write_wg0_conf(self) -> None:
-        """Write wg0.conf in the document's form if there is none; one that we wrote gets the port of now."""
+        """Write wg0.conf in the document's form if there is none. A file that faasd wrote gets the present port."""
         wanted = WG0_CONF.format(
             gateway=self.gateway, port=self.port, private_key=self._keys.private(), peers_dir=self.peers_dir
         )
@@ -217,7 +217,7 @@ class VPNManager(Interface):
     def create_client_config(self, ipv6: str) -> dict[str, str]:
         """What a new peer must know, in the document's fields.
 
-        Its private key is made on its own side and stays there.
+        The peer makes its private key itself, and keeps it.
         """
         return {'ipv6': ipv6, 'server_public_key': self.get_server_public_key(), 'endpoint': self.endpoint}
 
@@ -244,8 +244,9 @@ class VPNManager(Interface):
         """Make wg0, and then peers/, hold just `peers` (registry rows) and none of the names in `removed`.
 
         Peers that are locked out count as removed. Other files are left alone. WireGuard follows whatever the state of
-        peers/; a file that cannot be written does not keep the others from it, its OSError is raised at the end. Raises
-        CommandError, BadKey.
+        peers/. A file that cannot be written does not stop the other files; its OSError is raised at the end.
+
+        Raises CommandError, BadKey, OSError.
         """
         with self._lock:
             self._locked_out &= {peer.public_key for peer in peers}
