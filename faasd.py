@@ -86,7 +86,7 @@ class Daemon:
         self._settings, self._standalone, self._events = settings, standalone, events
         self._emit, self._undo = events.emit, contextlib.ExitStack()
         self._problems = Problems(self._emit)
-        self._handover = False
+        self._handover, self._forwarders = False, []
         self._servers: list[ControlServer] = []
         self.vpn = self._make_vpn()
         self.firewall = Firewall(
@@ -165,8 +165,13 @@ class Daemon:
         self.dns = dns_manager.DNSZoneManager(
             self.registry.next_serial, self._emit, registry.GATEWAY, registry.ZONE_SERVER
         )
-        self.zone = Projection(lambda: self.dns.project({f.name: f.ipv6 for f in self.registry.functions()}))
+        self.zone = Projection(
+            lambda: self.dns.project(self._zone_records()), lambda: self.dns.is_current(self._zone_records())
+        )
         self.addresses = Projection(lambda: self.vpn.project_addresses(self.registry.function_addresses()))
+
+    def _zone_records(self) -> dict[str, str]:
+        return {function.name: function.ipv6 for function in self.registry.functions()}
 
     def _make_host_ready(self, moving: bool = False) -> None:
         self.vpn.check_host(moving)
@@ -191,9 +196,7 @@ class Daemon:
         self.enroll = EnrollPort(self._settings['enroll_bind'], self._invites_wanted, self._emit)
         openly = self._settings['enroll'] == 'open'
         self.peers = Peers(self.registry, self.vpn, self.enroll, self._emit, openly)
-        self.peers.adopt()
-        self.peers.refuse_strangers()
-        self.peers.projection.sync()
+        self.peers.begin()
 
     def _invites_wanted(self) -> bool:
         return self.peers.enrolls_openly or self.registry.invites_open_for_s() > 0
@@ -261,12 +264,12 @@ class Daemon:
 
     def _start_dns(self) -> None:
         self.zone.sync()
-        forwarders = self._settings['dns_forward'] or dns_manager.default_forwarders(
+        self._forwarders = self._settings['dns_forward'] or dns_manager.default_forwarders(
             own=(registry.GATEWAY, registry.ZONE_SERVER)
         )
-        self.dns.write_corefile(forwarders)
+        self.dns.write_corefile(self._forwarders)
         if self._standalone:
-            self.supervisor.start_coredns(self._undo, forwarders)
+            self.supervisor.start_coredns(self._undo, self._forwarders)
 
     def _start_api(self) -> None:
         health = Health(self._problems, self._events, self.functions.list)
@@ -327,14 +330,13 @@ class Daemon:
             Check('listener', self.functions.open_others, CLOSELY_S),
             Check('dns', self.supervisor.look_after_coredns),
             Check('enroll', self.enroll.adjust),
-            *(
-                Check(area, projection.sync_if_stale)
-                for area, projection in (
-                    ('peers', self.peers.projection),
-                    ('zone', self.zone),
-                    ('addresses', self.addresses),
-                )
-            ),
+            Check('addresses', self.addresses.sync_if_stale),
+            Check('peers', self.peers.projection.sync_if_stale),
+            Check('zone', self.zone.sync_if_stale),
+            Check('peers', self.peers.projection.heal, CLOSELY_S),
+            Check('zone', self.zone.heal, CLOSELY_S),
+            Check('corefile', lambda: self.dns.write_corefile(self._forwarders), CLOSELY_S),
+            Check('removals', self.peers.write_removals, CLOSELY_S),
         ]
         self.monitor = Monitor(checks, self._problems.report)
         self.monitor.start()

@@ -1,14 +1,16 @@
 """What people ask for about WireGuard peers: create, redeem, remove, list, invite. It knows no HTTP."""
 
+import contextlib
 import hmac
 import secrets
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import NamedTuple
 
 import registry
 import vpn_manager
 from control.enroll import EnrollPort
-from control.events import Emit, date, timestamp
+from control.events import Emit, attempt, date, timestamp
 from control.projection import Projection
 from host.errors import EXPECTED, FaasError, StartError
 
@@ -17,6 +19,12 @@ class AfterAnswer(NamedTuple):
     """A verb is decided, and the rest of it must wait until its answer has arrived: `act()` then, in any case."""
 
     act: Callable[[], None]
+
+
+class LockedOut(FaasError):
+    """A peer is locked out, and its removal is not written yet."""
+
+    status = HTTPStatus.INSUFFICIENT_STORAGE
 
 
 class Peers:
@@ -32,36 +40,46 @@ class Peers:
     ) -> None:
         self._registry, self._vpn, self._enroll, self._emit = known, vpn, enroll, emit
         self.enrolls_openly = enrolls_openly
-        self.projection = Projection(self._project)
+        self._unwritten: set[str] = set()  # names whose removal the disk had no room for
+        self.projection = Projection(self._project, lambda: not vpn.files_changed(known.peers()))
 
     # Keeping wg0 and peers/ as the registry says
 
+    def begin(self) -> None:
+        """The first projection. Raises StartError if it would cut off a peer that somebody else gave to wg0."""
+        self._lock_out_removed()
+        self._adopt()
+        self._refuse_strangers()
+        self.projection.sync()
+
     def _project(self) -> None:
-        removed = [name for name, _ in self._registry.removed_peers()]
+        removed = self._lock_out_removed()
+        attempt(self._emit, self._adopt)  # files that cannot be read keep nobody in
         self._vpn.project(self._registry.peers(), removed)
         for name in removed:
             self._registry.end_peer_removal(name)
             self._emit('vpn', f'Removed peer: {name}', name=name)
-        if self.adopt():
-            self._vpn.project(self._registry.peers())
 
-    def adopt(self) -> int:
-        """Take in the files that a person put into peers/; how many."""
+    def _lock_out_removed(self) -> list[str]:
+        """Tell WireGuard first: nothing that a disk says may delay it. Returns the names."""
+        removed = self._registry.removed_peers()
+        self._vpn.lock_out([key for _, key in removed])
+        return [name for name, _ in removed]
+
+    def _adopt(self) -> None:
+        """Take in the files that a person put into peers/."""
         removed = {name for name, _ in self._registry.removed_peers()}
-        known, adopted = {peer.name for peer in self._registry.peers()}, 0
+        known = {peer.name for peer in self._registry.peers()}
         for name, text in self._vpn.peer_files().items():
             if name not in known and name not in removed:
                 try:
                     key, preshared, ipv6 = vpn_manager.parse_peer(text)
                     self._registry.add_peer(name, key, ipv6=ipv6, preshared_key=preshared)
                     self._emit('vpn', f'Adopted peer: {name} → {ipv6}', name=name)
-                    adopted += 1
                 except FaasError as error:
                     self._vpn.complain(name, str(error))
-        return adopted
 
-    def refuse_strangers(self) -> None:
-        """Raise StartError if the first projection would cut off a peer that somebody else gave to wg0."""
+    def _refuse_strangers(self) -> None:
         removed = {key for _, key in self._registry.removed_peers()}
         known = {peer.public_key for peer in self._registry.peers()}
         strangers = self._vpn.public_keys() - known - removed
@@ -108,11 +126,33 @@ class Peers:
 
     def remove(self, name: str, caller_name: str | None = None) -> AfterAnswer | None:
         """Lock a peer out. A peer that removes itself loses its tunnel, so that its answer must come first."""
-        self._registry.begin_peer_removal(name)
+        try:
+            self._registry.begin_peer_removal(name)
+        except FaasError as error:
+            if error.status == HTTPStatus.INSUFFICIENT_STORAGE:
+                self._lock_out_unwritten(name, error)
+            raise
         if name == caller_name:
             return AfterAnswer(self.projection.sync)
         self.projection.sync()
         return None
+
+    def _lock_out_unwritten(self, name: str, error: FaasError) -> None:
+        """The disk has no room even for a removal: lock the peer out, and remember it in memory. Raises LockedOut."""
+        keys = [peer.public_key for peer in self._registry.peers() if peer.name == name]
+        if not keys:
+            return
+        self._unwritten.add(name)
+        self._vpn.lock_out(keys)
+        raise LockedOut(f'{name} is locked out, and will be removed when the disk has room: {error}', error.hint)
+
+    def write_removals(self) -> None:
+        """Write the removals that the disk had no room for. Raises FaasError while it has none."""
+        for name in list(self._unwritten):
+            with contextlib.suppress(registry.NotFound):
+                self._registry.begin_peer_removal(name)
+            self._unwritten.discard(name)
+            self.projection.sync()
 
     def list(self) -> list[dict[str, str]]:
         active = self._vpn.active()

@@ -6,7 +6,7 @@ from control.peers import Peers
 from control.projection import Projection
 from control.supervisor import Supervisor
 from handlers.serving.server import FaaSServer
-from host.firewall import Firewall
+from host.firewall import Firewall, FirewallError
 from vpn_manager import VPNError, VPNManager
 
 
@@ -26,17 +26,28 @@ class Repairs:
     ) -> None:
         self._registry, self._vpn, self._firewall, self._server = known, vpn, firewall, server
         self._peers, self._addresses, self._supervisor, self._problems = peers, addresses, supervisor, problems
+        self._permitted = True  # as FaaSServer begins
 
     def table(self) -> None:
-        """Load the table again. Nothing is handed out without it."""
-        if self._firewall.is_loaded():
-            return
-        self._server.permit(False)
+        """Load the table again. Nothing is handed out without it. Raises FirewallError when that cannot be told."""
+        try:
+            loaded = self._firewall.is_loaded()
+        except FirewallError:
+            self._permit(False)
+            raise
+        if loaded:
+            return self._permit(True)
+        self._permit(False)
         self._problems.report(
             'rules', f'the nftables table inet {self._firewall.table} was taken away: nothing is handed out without it'
         )
         self._firewall.load()
-        self._server.permit(True)
+        self._permit(True)
+
+    def _permit(self, permitted: bool) -> None:
+        if permitted != self._permitted:
+            self._permitted = permitted
+            self._server.permit(permitted)
 
     def missing_interface(self) -> bool:
         """Make wg0 again when it is gone. False when it is there or stays away: this tells nothing of its state."""
@@ -64,7 +75,6 @@ class Repairs:
             self._vpn.check_interface()
         self._addresses.sync()
         # `systemctl reload wg-quick@wg0` leaves only the peers of wg0.conf.
-        wanted = {peer.public_key for peer in self._registry.peers()}
-        if interface in self._problems or self._vpn.public_keys() != wanted:
+        if interface in self._problems or not self._vpn.holds(self._registry.peers()):
             self._peers.projection.sync()
         return True
