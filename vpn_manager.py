@@ -251,6 +251,7 @@ class VPNManager(Interface):
         with self._lock:
             self._locked_out &= {peer.public_key for peer in peers}
         self._reload_wireguard(peers)
+        self._files.make()
         live = {peer.name: peer for peer in self._not_locked_out(peers)}
         failed = self._each(self.remove_peer, {*removed, *(peer.name for peer in peers)} - live.keys())
         names = self._files.differing({name: self._render(peer) for name, peer in live.items()})

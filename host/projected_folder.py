@@ -20,6 +20,10 @@ class ProjectedFolder:
         self._texts: dict[str, tuple[Signature, str]] = {}  # name → what was read, and of which file
         self._left_out: dict[str, Signature] = {}
 
+    def make(self) -> None:
+        """Make the folder if it is missing. Raises OSError."""
+        os.makedirs(self.path, mode=0o700, exist_ok=True)
+
     def texts(self) -> dict[str, str]:
         """{name: text} of the files. A folder that is missing has none. Raises OSError when it cannot be read."""
         found = {}
@@ -41,8 +45,11 @@ class ProjectedFolder:
         return [name for name, text in wanted.items() if texts.get(name) != text]
 
     def changed(self, wanted: Mapping[str, str]) -> bool:
-        """True if a file is not as wanted, or is neither wanted nor left out as it is now. Raises OSError."""
-        if self.differing(wanted):
+        """True if a file is not as wanted, or is neither wanted nor left out as it is now, or the folder is missing.
+
+        Raises OSError.
+        """
+        if not os.path.isdir(self.path) or self.differing(wanted):
             return True
         return any(
             self._left_out.get(name) != signature
@@ -57,7 +64,7 @@ class ProjectedFolder:
 
     def write(self, name: str, text: str) -> None:
         """Write a file, and the folder if it is missing. Raises OSError."""
-        os.makedirs(self.path, mode=0o700, exist_ok=True)
+        self.make()
         files.write_file(self._file(name), text, mode=0o600)
 
     def remove(self, name: str) -> None:

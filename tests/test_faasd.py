@@ -2,11 +2,13 @@
 import base64
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import hmac
 import http.client
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -644,6 +646,50 @@ class OneServer(unittest.TestCase):
         self.assertTrue((peers / 'broken.conf').exists())
 
     # What happens to a running server
+
+    def test_files_that_were_changed_cut_or_deleted_are_projected_again_within_seconds(self):
+        self.deploy('kept', serving.saying('kept'))
+        self.server.api('POST', '/api/vpn/create', {'name': 'tablet', 'public_key': key()})
+        self.addCleanup(self.server.api, 'DELETE', '/api/vpn/remove/tablet')
+        zone, corefile, peer = (
+            self.host.path(path)
+            for path in ('/var/lib/faasd/dns/faas.db', '/etc/coredns/Corefile', '/etc/wireguard/peers/tablet.conf')
+        )
+        right = {path: path.read_text() for path in (zone, corefile, peer)}
+        without_serial = functools.partial(re.sub, r'\d+ ; Serial', '')
+        same = lambda path: path.exists() and without_serial(path.read_text()) == without_serial(right[path])  # noqa: E731
+        for spoil in (
+            lambda path: path.unlink(),
+            lambda path: path.write_text(right[path][: len(right[path]) // 2]),
+            lambda path: path.write_text(right[path].replace('fd00:faa5', 'fd00:faa6')),
+        ):
+            for path in right:
+                spoil(path)
+                self.assertFalse(same(path), path)
+            for path in right:
+                lab.wait_until(functools.partial(same, path), 8, f'{path.name} to be written again')
+        lab.wait_until(
+            lambda: self.host.run(['dig', '+short', 'AAAA', 'kept.faas', '@fd00:faa5:0:100::1']).stdout, 5, 'the name'
+        )
+        self.host.run(['sh', '-c', 'rm -r /etc/wireguard/peers'])
+        lab.wait_until(peer.exists, 8, 'peers/ to be made again')
+
+    def test_a_peer_is_locked_out_without_its_folder_of_files(self):
+        public = key()
+        self.server.api('POST', '/api/vpn/create', {'name': 'lost', 'public_key': public})
+        self.assertIn(public, self.host.run(['wg', 'show', 'wg0', 'peers']).stdout)
+        folder = self.host.path('/etc/wireguard/peers')
+        self.host.run(['mv', '/etc/wireguard/peers', '/etc/wireguard/away'])
+        self.addCleanup(self.host.run, ['rm', '-rf', '/etc/wireguard/away'])
+        folder.write_text('a file in the place of the folder')
+        try:
+            self.server.api('DELETE', '/api/vpn/remove/lost')
+            self.assertNotIn(public, self.host.run(['wg', 'show', 'wg0', 'peers']).stdout)
+        finally:
+            folder.unlink()
+        lab.wait_until(folder.is_dir, 10, 'peers/ to be made again')
+        lab.wait_until(lambda: self.server.printed('Removed peer: lost'), 10, 'the end of the removal')
+        self.assertNotIn('lost', [peer['name'] for peer in self.server.api('GET', '/api/vpn/list').json])
 
     def test_wg0_taken_away_is_told_and_made_good(self):
         ipv6 = self.deploy('away', serving.saying('back')).json['ipv6']
