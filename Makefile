@@ -13,7 +13,7 @@ SCRIPTS = deps.sh install.sh .ci/run
 # TYPES=1: public functions have annotations. A function without any fails by the first; one that has some and lacks
 # that of a parameter by the second, which ruff cannot tell in one run.
 TYPES =
-comma = ,
+RETURNS = ANN201,ANN205,ANN206
 
 .PHONY: help deps demo install uninstall check test bench lint lint-tools lint-present clean python
 
@@ -58,7 +58,7 @@ lint: lint-tools
 
 lint-present:
 	@if [ -z "$(RUFF)" ]; then echo 'ruff is not installed: skipped (make lint installs it)'; else set -ex; \
-		$(RUFF) check $(if $(TYPES),--extend-select ANN201$(comma)ANN205$(comma)ANN206) .; \
+		$(RUFF) check $(if $(TYPES),--extend-select $(RETURNS)) .; \
 		$(if $(TYPES),$(RUFF) check --select ANN001 --config lint.flake8-annotations.ignore-fully-untyped=true .;) \
 	fi
 	@if ! command -v shellcheck >/dev/null; then echo 'shellcheck is not installed: skipped (make lint installs it)'; \

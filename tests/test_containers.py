@@ -234,7 +234,8 @@ class Limits(inside.InHost):
             self.assertEqual(('OSError', 'EAGAIN'), (how, what))
             self.assertEqual(3, instance.value('1 + 2'))
             sleep = json.dumps('__import__("time").sleep(0.2)').encode() + b'\n'
-            clients = [instance.connect(sleep) for _ in range(4)]  # more than there may be threads for
+            # More than there may be threads for.
+            clients = [self.stack.enter_context(instance.connect(sleep)) for _ in range(4)]
             self.assertEqual([b'["ok", null]'] * 4, [inside.read_all(client) for client in clients])
 
     @inside.inside

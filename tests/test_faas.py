@@ -4,6 +4,7 @@ The client runs by the Python that runs the tests: `python3.9 -m tests test_faas
 """
 import ast
 import base64
+import concurrent.futures
 import contextlib
 import fcntl
 import gzip
@@ -11,6 +12,7 @@ import hashlib
 import http.server
 import importlib.util
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -1552,22 +1554,27 @@ class TestProcess(unittest.TestCase):
                 self.assertEqual(columns == 200, any('x' * 63 in line for line in lines), lines)
 
     def test_closed_streams_and_a_reader_that_goes(self):
-        for unbuffered in ('', '1'):
+        def run(case):
+            unbuffered, (words, _), redirect = case
             environment = {**os.environ, 'HOME': '/nonexistent', 'FAAS_SOCKET': '/nonexistent/s',
                            'PYTHONUNBUFFERED': unbuffered}
-            for words, code in (('--help', 0), ('list', 1), ('vpn status', 3)):
-                for redirect in ('>&-', '2>&-', '<&-', '>&- 2>&- <&-', '>/dev/full', '2>/dev/full', '| true'):
-                    done = subprocess.run(['sh', '-c', f'{sys.executable} {FAAS} {words} {redirect}'],
-                                          capture_output=True, text=True, timeout=30, env=environment)
-                    about = f'{words} {redirect}: {done.stderr}'
-                    self.assertNotRegex(done.stderr, 'Traceback|Exception', about)
-                    if redirect == '>/dev/full' and code != 1:
-                        self.assertEqual(done.returncode, 1, about)
-                        self.assertRegex(done.stderr, r'\Aerror: stdout cannot be written: No space .*\nhint: .*\n\Z')
-                    elif redirect != '| true':
-                        self.assertEqual(done.returncode, code, about)
-                    elif code != 1:
-                        self.assertEqual(done.stderr, '', about)
+            return subprocess.run(['sh', '-c', f'{sys.executable} {FAAS} {words} {redirect}'],
+                                  capture_output=True, text=True, timeout=30, env=environment)
+
+        redirects = '>&-', '2>&-', '<&-', '>&- 2>&- <&-', '>/dev/full', '2>/dev/full', '| true'
+        cases = [*itertools.product(('', '1'), (('--help', 0), ('list', 1), ('vpn status', 3)), redirects)]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = [*pool.map(run, cases)]
+        for (_, (words, code), redirect), done in zip(cases, results):     # noqa: B905, Python 3.9 has no strict
+            about = f'{words} {redirect}: {done.stderr}'
+            self.assertNotRegex(done.stderr, 'Traceback|Exception', about)
+            if redirect == '>/dev/full' and code != 1:
+                self.assertEqual(done.returncode, 1, about)
+                self.assertRegex(done.stderr, r'\Aerror: stdout cannot be written: No space .*\nhint: .*\n\Z')
+            elif redirect != '| true':
+                self.assertEqual(done.returncode, code, about)
+            elif code != 1:
+                self.assertEqual(done.stderr, '', about)
 
     def test_an_interrupt_is_one_line_however_often_it_comes(self):
         with socket.socket(socket.AF_UNIX) as server, tempfile.TemporaryDirectory() as folder:
