@@ -73,9 +73,12 @@ class Served(unittest.TestCase):
             return real(sock)
 
         with mock.patch.object(socket.socket, 'accept', accept), contextlib.ExitStack() as undo:
-            client = undo.enter_context(self.connect())
-            client.sendall(b'GET /api/nothing HTTP/1.0\r\nHost: x\r\n\r\n')
-            client.recv(65536)
+            before = len(os.listdir('/proc/self/fd'))
+            with self.connect() as client:
+                client.sendall(b'GET /api/nothing HTTP/1.0\r\nHost: x\r\n\r\n')
+                client.recv(65536)
+            # What the server closes later would be a descriptor for the next connection.
+            lab.wait_until(lambda: len(os.listdir('/proc/self/fd')) == before, 5, 'the end of the connection')
             accepts.clear()
             waiting = undo.enter_context(socket.socket(socket.AF_UNIX))
             undo.callback(lambda: [os.close(fd) for fd in held])
