@@ -565,35 +565,43 @@ class Restarts(inside.InHost):
         self.assertEqual(([], 0), (failed, asked.count('')))
         lab.wait_until(lambda: len(function.pool.instances) == 1, 20, 'the former ones to end')
 
-    def finishes_its_answer(self, end):
-        """What a replaced instance answers outlives `end(function)`."""
+    def finishes_its_answer(self, replace, end):
+        """What an instance answers outlives `replace(function)`, and `end(function)` right after it."""
         function = Function(self.stack)
         instance = function.deploy(1, ENDS_WITH_ITS_LISTENER.replace('SLOW_S', '3'))
         with concurrent.futures.ThreadPoolExecutor() as clients:
             slow = clients.submit(function.ask)
             lab.wait_until(lambda: function.pool.connections_of(instance._container), 5, 'the connection')
-            function.deploy(2, 'serve(listen())')
+            replace(function)
             self.assertEqual(InstanceState.DRAINING, instance.state)
             end(function)
             self.assertEqual(f'revision 1 {ADDRESS}', slow.result())
         return function
 
+    @staticmethod
+    def by_a_program(function):
+        function.deploy(2, 'serve(listen())')
+
+    @staticmethod
+    def by_a_handler(function):
+        function.deploy_handler(2)
+
+    @staticmethod
+    def remove(function):
+        assert not function.close(10).result(15)
+
     @inside.inside
     def test_what_a_replaced_instance_answers_outlives_a_hand_over(self):
-        function = self.finishes_its_answer(lambda function: function.restart(10))
+        function = self.finishes_its_answer(self.by_a_program, lambda function: function.restart(10))
         self.assertEqual(f'revision 2 {ADDRESS}', function.ask())
 
     @inside.inside
     def test_what_a_replaced_instance_answers_outlives_a_removal(self):
-        self.finishes_its_answer(lambda function: function.close(10).result(15))
+        self.finishes_its_answer(self.by_a_program, self.remove)
 
     @inside.inside
     def test_what_a_program_answers_outlives_the_removal_of_the_handler_that_replaced_it(self):
-        def end(function):
-            function.deploy_handler(3)
-            function.close(10).result(15)
-
-        self.finishes_its_answer(end)
+        self.finishes_its_answer(self.by_a_handler, self.remove)
 
     @inside.inside
     def test_a_handler_does_not_go_on(self):
