@@ -13,6 +13,7 @@ import secrets
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import unittest
@@ -942,6 +943,31 @@ class LivesOfAServer(unittest.TestCase):
             server.stop()
         self.assertEqual('', self.host.run(['nft', 'list', 'ruleset']).stdout)
         self.assertEqual(['faasd.lock'], os.listdir(self.host.path('/run/faasd')))
+
+    def test_restarts_under_load_lose_nothing_of_what_listens_by_itself(self):
+        self.host.run([*serving.FAASD], ok=(1,))
+        self.host.run(['wg-quick', 'up', 'wg0'])
+        self.addCleanup(self.host.run, ['ip', 'link', 'delete', 'wg0'])
+        server = serving.Server(self.host).start()
+        try:
+            old, new = '(self):\n        text', '(self):\n        self.protocol_version = "HTTP/1.1"\n        text'
+            files = {**LISTENS, 'server.py': LISTENS['server.py'].replace(old, new)}
+            ipv6 = server.deploy('listens', files).json['ipv6']
+            instances = self.host.path('/run/faasd/instances')
+            command = [sys.executable, 'tests/load.py', ipv6, '24', '2000', '']
+            with self.host.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as load:
+                for _ in range(6):
+                    first = server.get(ipv6)
+                    server.stop(signal.SIGKILL)
+                    server.lines.clear()
+                    server.start()
+                    lab.wait_until(lambda first=first: server.get(ipv6) != first, 20, 'the next instance')
+                    lab.wait_until(lambda: len(os.listdir(instances)) == 1, 30, 'the end of the former')
+                found = json.loads(load.communicate(timeout=60)[0])
+            self.assertEqual({}, found['lost'])
+            self.assertGreaterEqual(found['asked'], 2000)
+        finally:
+            server.stop()
 
     def test_a_deploy_cut_off_by_a_kill_is_forgotten(self):
         with serving.standalone(self.host) as server:

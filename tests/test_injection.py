@@ -125,6 +125,16 @@ class Function:
         self.pool.cut_over(instance)
         return instance
 
+    def deploy_handler(self, number):
+        tree = self.folder / str(number)
+        tree.mkdir()
+        (tree / 'handler.py').write_text(
+            'def handle(connection, address):\n'
+            '    connection.recv(999)\n'
+            '    connection.sendall(b"HTTP/1.0 200 OK\\r\\n\\r\\nhandler")\n'
+        )
+        self.pool.cut_over(self.pool.start(pool.Revision(number, str(tree), inside.SPEC, str(tree))))
+
     def ask(self, timeout_s=10):
         with socket.create_connection((ADDRESS, 80), timeout=timeout_s) as client:
             client.sendall(b'GET / HTTP/1.0\r\n\r\n')
@@ -483,14 +493,7 @@ class Turns(inside.InHost):
     def test_from_one_way_to_serve_to_the_other(self):
         function = Function(self.stack)
         function.deploy(1, 'serve(listen())')
-        tree = function.folder / '2'
-        tree.mkdir()
-        (tree / 'handler.py').write_text(
-            'def handle(connection, address):\n'
-            '    connection.recv(999)\n'
-            '    connection.sendall(b"HTTP/1.0 200 OK\\r\\n\\r\\nhandler")\n'
-        )
-        function.pool.cut_over(function.pool.start(pool.Revision(2, str(tree), inside.SPEC, str(tree))))
+        function.deploy_handler(2)
         self.assertEqual(['handler'] * 3, [function.ask() for _ in range(3)])
         lab.wait_until(lambda: len(function.pool.instances) == 1, 20, 'the end of the former')
         function.deploy(3, 'serve(listen())')
@@ -562,32 +565,48 @@ class Restarts(inside.InHost):
         self.assertEqual(([], 0), (failed, asked.count('')))
         lab.wait_until(lambda: len(function.pool.instances) == 1, 20, 'the former ones to end')
 
-    @inside.inside
-    def test_what_a_replaced_instance_answers_outlives_a_hand_over_and_a_removal(self):
-        for hand_over in (True, False):
-            with self.subTest(hand_over=hand_over), contextlib.ExitStack() as self.stack:
-                function = Function(self.stack)
-                instance = function.deploy(1, ENDS_WITH_ITS_LISTENER.replace('SLOW_S', '3'))
-                with concurrent.futures.ThreadPoolExecutor() as clients:
-                    slow = clients.submit(function.ask)
-                    holds = functools.partial(function.pool.connections_of, instance._container)
-                    lab.wait_until(holds, 5, 'the connection')
-                    function.deploy(2, 'serve(listen())')
-                    self.assertEqual(InstanceState.DRAINING, instance.state)
-                    if hand_over:
-                        function.restart(10)
-                        self.assertEqual(f'revision 2 {ADDRESS}', function.ask())
-                    else:
-                        self.assertFalse(function.close(10).result(15))
-                    self.assertEqual(f'revision 1 {ADDRESS}', slow.result())
+    def finishes_its_answer(self, replace, end):
+        """What an instance answers outlives `replace(function)`, and `end(function)` right after it."""
+        function = Function(self.stack)
+        instance = function.deploy(1, ENDS_WITH_ITS_LISTENER.replace('SLOW_S', '3'))
+        with concurrent.futures.ThreadPoolExecutor() as clients:
+            slow = clients.submit(function.ask)
+            lab.wait_until(lambda: function.pool.connections_of(instance._container), 5, 'the connection')
+            replace(function)
+            self.assertEqual(InstanceState.DRAINING, instance.state)
+            end(function)
+            self.assertEqual(f'revision 1 {ADDRESS}', slow.result())
+        return function
+
+    @staticmethod
+    def by_a_program(function):
+        function.deploy(2, 'serve(listen())')
+
+    @staticmethod
+    def by_a_handler(function):
+        function.deploy_handler(2)
+
+    @staticmethod
+    def remove(function):
+        assert not function.close(10).result(15)
 
     @inside.inside
-    def test_a_handler_goes_not_on(self):
+    def test_what_a_replaced_instance_answers_outlives_a_hand_over(self):
+        function = self.finishes_its_answer(self.by_a_program, lambda function: function.restart(10))
+        self.assertEqual(f'revision 2 {ADDRESS}', function.ask())
+
+    @inside.inside
+    def test_what_a_replaced_instance_answers_outlives_a_removal(self):
+        self.finishes_its_answer(self.by_a_program, self.remove)
+
+    @inside.inside
+    def test_what_a_program_answers_outlives_the_removal_of_the_handler_that_replaced_it(self):
+        self.finishes_its_answer(self.by_a_handler, self.remove)
+
+    @inside.inside
+    def test_a_handler_does_not_go_on(self):
         function = Function(self.stack)
-        tree = function.folder / '1'
-        tree.mkdir()
-        (tree / 'handler.py').write_text('def handle(connection, address):\n    pass\n')
-        function.pool.cut_over(function.pool.start(pool.Revision(1, str(tree), inside.SPEC, str(tree))))
+        function.deploy_handler(1)
         self.assertFalse(function.close(2, hand_over=True).result(10))
         with self.assertRaises(ConnectionRefusedError):
             function.ask()

@@ -19,7 +19,7 @@ from handlers.serving.instance import InstanceState
 from handlers.serving.loop import Loop
 from handlers.serving.server import FaaSServer
 from host import process
-from tests import inside, lab
+from tests import fakes, inside, lab
 
 ADDRESS = 'fd00:faa5:1::a'
 
@@ -95,6 +95,184 @@ class Progress(unittest.TestCase):
         with contextlib.suppress(ConnectionError):
             self.held.recv(1)
         self.see(True, True)
+
+
+class Choosing(unittest.TestCase):
+    """Which instance gets the next connection, on fakes."""
+
+    def setUp(self):
+        self.function = fakes.FakeFunction(fakes.revision(1))
+        self.pool, self.loop = self.function.pool, self.function.loop
+
+    def connect(self, count):
+        return [self.function.connect() for _ in range(count)]
+
+    def serve(self, **more):
+        """A function with an instance that serves; and that instance."""
+        self.function = fakes.FakeFunction(fakes.revision(1), **more)
+        self.pool, self.loop = self.function.pool, self.function.loop
+        self.function.connect()
+        self.function.group.current.queue.clear()
+        return self.function.last.come_up()
+
+    def test_the_first_client_starts_one_and_nobody_is_accepted_before_it_is_ready(self):
+        self.assertTrue(self.function.accepting)
+        self.assertEqual('idle', self.pool.status()[0])
+        self.connect(3)
+        self.assertFalse(self.function.accepting)
+        self.assertEqual(1, len(self.function.made))
+        self.assertEqual('starting', self.pool.status()[0])
+        self.function.last.come_up()
+        self.assertTrue(self.function.accepting)
+        self.assertEqual('running', self.pool.status()[0])
+
+    def test_without_a_revision_nothing_starts(self):
+        function = fakes.FakeFunction()
+        function.connect()
+        self.assertEqual([], function.made)
+        function.deploy(fakes.revision(1))
+        self.assertTrue(function.accepting)
+
+    def test_one_that_is_full_gets_the_next_when_it_is_done_with_one(self):
+        instance = self.serve()
+        instance.capacity = instance.max_connections = 2
+        held = self.connect(2)
+        self.connect(1)
+        self.assertFalse(self.function.accepting)
+        self.assertEqual('full', self.pool.status()[0])
+        instance.finish(held[0])
+        self.assertTrue(self.function.accepting)
+
+    def test_what_it_does_not_take_is_kept_in_order(self):
+        instance = self.serve()
+        connections = [fakes.FakeConnection() for _ in range(3)]
+        instance.capacity = 1
+        for connection in connections:
+            self.pool.dispatch(connection)
+        instance.capacity = 9
+        self.pool.flush()
+        self.assertEqual(connections, instance.took)
+
+    def test_young_deaths_delay_the_next_start_ever_more(self):
+        instance = self.serve()
+        for delay_s in (0.5, 1, 2, 4, 8, 16, 30, 30):
+            instance.end('ended by SIGKILL')
+            self.assertEqual(('crashing', 'ended by SIGKILL'), self.pool.status())
+            self.assertTrue(self.function.accepting)
+            self.connect(1)
+            self.assertFalse(self.function.accepting)
+            made = len(self.function.made)
+            self.loop.advance(delay_s - 0.1)
+            self.assertEqual(made, len(self.function.made))
+            self.loop.advance(0.2)
+            self.connect(1)
+            self.assertEqual(made + 1, len(self.function.made))
+            instance = self.function.last.come_up()
+        self.assertEqual(8, len(self.function.events))
+        self.assertIn(b'[faasd] ended by SIGKILL', self.function.log.data)
+        self.loop.advance(scaler.CRASH_AGE_S)
+        self.assertEqual(('running', None), self.pool.status())
+
+    def test_one_that_may_end_is_succeeded_before_its_client_comes(self):
+        instance = self.serve()
+        instance.ended_well = lambda reason: True
+        instance.end('ended with exit code 0')
+        self.assertEqual('starting', self.pool.status()[0])
+        self.assertEqual([], self.function.events)
+
+    def test_an_idle_one_is_stopped_and_the_next_client_starts_one(self):
+        for kind in ('handler', 'command'):
+            with self.subTest(kind):
+                function = fakes.FakeFunction(idle_timeout_s=10)
+                instance = function.deploy(fakes.revision(1, kind))
+                for _ in range(9):
+                    function.loop.advance(1)
+                    function.pool.look({}, function.loop.now)
+                self.assertEqual(InstanceState.READY, instance.state)
+                function.pool.look({1000: 1}, function.loop.now)  # somebody is connected
+                function.loop.advance(10)
+                function.pool.look({}, function.loop.now)
+                self.assertEqual('running', function.pool.status()[0])
+                function.loop.advance(1)
+                function.pool.look({}, function.loop.now)
+                self.assertEqual('idle', function.pool.status()[0])
+                self.assertEqual('faasd', function.owner())
+                function.loop.advance(2)
+                self.assertEqual(InstanceState.STOPPING, instance.state)
+                function.connect()
+                function.last.come_up()
+                self.assertEqual('running', function.pool.status()[0])
+                instance.end('ended by SIGTERM')
+                self.assertEqual('running', function.pool.status()[0])
+
+    def test_one_that_is_used_is_not_stopped(self):
+        function = fakes.FakeFunction(idle_timeout_s=10)
+        instance = function.deploy(fakes.program(1))
+        function.group.current.queue.append('a client')
+        for _ in range(30):
+            function.loop.advance(1)
+            function.pool.look({}, function.loop.now)
+        self.assertEqual(InstanceState.READY, instance.state)
+
+    def test_what_nobody_can_be_handed_is_refused(self):
+        function = fakes.FakeFunction(fakes.revision(1))
+        waits = fakes.FakeConnection()
+        function.pool.dispatch(waits)
+        function.last.end()
+        function.deploy(fakes.program(2))
+        self.assertEqual((protocol.BAD_GATEWAY, True), (waits.sent, waits.is_closed))
+
+    def test_closed(self):
+        instance = self.serve()
+        waits = fakes.FakeConnection()
+        instance.capacity = 0
+        self.pool.dispatch(waits)
+        closed = self.pool.close(7)
+        self.assertTrue(waits.is_closed)
+        self.assertEqual([(0, 7)], instance.stops)
+        self.assertFalse(self.function.accepting)
+        self.assertFalse(closed.done())
+        instance.end('ended by SIGTERM')
+        self.assertTrue(closed.done())
+        self.assertEqual([], self.function.events)
+        late = self.function.trial(fakes.revision(2))
+        self.assertIn('shut down', str(late.up.exception(0)))
+
+    def test_closed_while_a_program_serves(self):
+        function = fakes.FakeFunction()
+        instance = function.deploy(fakes.program(1))
+        function.pool.close(10)
+        self.assertEqual((InstanceState.DRAINING, False), (instance.state, function.accepting))
+        function.loop.advance(2)
+        self.assertEqual(InstanceState.STOPPING, instance.state)
+        self.assertAlmostEqual(9, instance.stops[-1][1], 1)
+        instance.end('ended by SIGTERM')
+        self.assertTrue(function.pool.close(10).done())
+
+    def test_a_replaced_revisions_files_go_with_its_last_instance(self):
+        first = self.function.deploy(fakes.revision(1))
+        self.function.deploy(fakes.revision(2))
+        self.assertEqual([], self.function.forgotten)
+        first.end('ended by SIGTERM')
+        self.assertEqual(['/functions/1/1'], self.function.forgotten)
+
+    def test_one_of_a_revision_that_is_late_is_ended(self):
+        late = self.function.trial(fakes.revision(1)).come_up()
+        second = self.function.deploy(fakes.revision(2))
+        self.pool.cut_over(late)
+        self.assertEqual((InstanceState.STOPPING, InstanceState.READY), (late.state, second.state))
+        late.end('ended by SIGTERM')
+        self.assertEqual(['/functions/1/1'], self.function.forgotten)
+
+    def test_one_on_its_way_gives_way_to_a_new_revision(self):
+        self.connect(1)
+        starting = self.function.last
+        second = self.function.deploy(fakes.revision(2))
+        self.assertEqual((InstanceState.STOPPING, InstanceState.READY), (starting.state, second.state))
+        starting.come_up()
+        self.assertEqual('running', self.pool.status()[0])
+        self.connect(1)
+        self.assertEqual(1, len(second.took))
 
 
 class Function:
