@@ -15,6 +15,7 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
 import time
 import traceback
 import unittest
@@ -22,6 +23,7 @@ import warnings
 
 from handlers.containers import bundle, containers, protocol
 from handlers.images import spec as specs
+from host import process
 from tests import lab
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWNET = 0x20000, 0x4000000, 0x8000000, 0x40000000
@@ -172,6 +174,24 @@ class InHost(unittest.TestCase):
             _hosts[cls.__module__] = lab.Host('server')
             unittest.addModuleCleanup(lambda: _hosts.pop(cls.__module__).close())
         cls.host = _hosts[cls.__module__]
+
+
+class OnDisk(InHost):
+    """Tests of what is on a disk of its own."""
+
+    def disk(self, options='size=4m'):
+        """A new folder, with a file system in memory of these options."""
+        folder = self.stack.enter_context(tempfile.TemporaryDirectory())
+        process.run(['mount', '-t', 'tmpfs', '-o', options, 'test', folder])
+        self.stack.callback(process.run, ['umount', '--lazy', folder])
+        return pathlib.Path(folder)
+
+    def fill(self, folder, left=0):
+        """Take all of the room but `left` bytes."""
+        with open(folder / 'filler', 'ab', buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        os.truncate(folder / 'filler', os.stat(folder / 'filler').st_size - left)
 
 
 def tunnel(laptop, private_key, server_key, ipv6):
