@@ -20,7 +20,7 @@ class DatabaseError(FaasError):
     """The database cannot be used now."""
 
     status = 503
-    hint = "the log says more: 'journalctl -u faasd' on the server"
+    hint = "on the server: look for errors of the disk ('dmesg'), then restart faasd"
 
 
 class Damaged(DatabaseError):
@@ -182,9 +182,14 @@ class Database:
                     f'{self.path} is in use by another program', f"'fuser -v {self.path}' names it: end it"
                 )
             case sqlite3.SQLITE_IOERR | sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN:
-                # WAL mode's shared memory cannot be made on a full disk: SQLite calls it an I/O error.
-                if refusal := disk.look(self._folder):
+                # SQLite calls it an I/O error, too, when the shared memory of WAL mode finds no room, and when the
+                # disk became read-only after an error. That is not among the flags of a mount: only a write shows it.
+                try:
+                    disk.try_write(self._folder)
+                except disk.DiskRefuses as refusal:
                     return refusal
+                except OSError:
+                    pass
         return DatabaseError(f'{self.path} cannot be used: {error}')
 
     def _damaged(self, what: str) -> Damaged:

@@ -1,6 +1,7 @@
 """A database file: its schemas, its copies, and one clear error for each thing that can happen to it."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import sqlite3
@@ -248,6 +249,16 @@ class Damage(InFolder):
             file.seek(5 * 4096)
             file.write(b'\xff' * 4096)
         self.raises(database.Damaged, 'is damaged', self.open)
+
+    def test_a_disk_that_became_read_only_is_told_from_one_with_errors(self):
+        notes, error = self.open(), sqlite3.OperationalError('disk I/O error')
+        error.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
+        read_only = disk.refusal(errno.EROFS, self.folder)
+        with mock.patch.object(disk, 'try_write', side_effect=read_only):
+            self.assertIs(read_only, notes._named(error))
+        told = notes._named(error)
+        self.assertEqual((503, f'{self.path} cannot be used: disk I/O error'), (told.status, str(told)))
+        self.assertIn('dmesg', told.hint)
 
     def test_a_change_that_fails_leaves_no_transaction_open(self):
         notes = self.open()
