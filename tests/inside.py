@@ -22,7 +22,7 @@ import unittest
 import warnings
 
 from handlers.containers import bundle, containers, protocol
-from handlers.images import spec as specs
+from handlers.images.spec import Spec
 from host import process
 from tests import lab
 
@@ -209,7 +209,7 @@ def tunnel(laptop, private_key, server_key, ipv6):
 # Containers, in a host
 
 
-SPEC = specs.Spec('handler')
+SPEC = Spec('handler')
 LIMITS = bundle.Limits(memory=256 << 20, pids=64, cpus=2)
 
 

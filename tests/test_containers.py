@@ -219,7 +219,7 @@ class Limits(inside.InHost):
             with inside.Expressions(them) as instance:
                 instance.wait_up()
                 client = instance.connect(json.dumps('len(b"x" * (200 << 20))').encode() + b'\n')
-                self.assertEqual('ran out of memory (its limit is 48 MiB)', instance.wait_end())
+                self.assertEqual('ran out of memory (the limit is 48 MiB)', instance.wait_end())
                 client.close()
             with inside.Expressions(them) as instance:
                 self.assertEqual(3, instance.wait_up().value('1 + 2'))

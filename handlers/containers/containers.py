@@ -220,7 +220,7 @@ class Containers:
         signals = {128 + number: number.name for number in signal.Signals}
         reason = f'ended by {signals[code]}' if code in signals else f'ended with exit code {code}'
         if code in (137, 143) and self._out_of_memory(container.ident):
-            reason = f'ran out of memory (its limit is {self.limits.memory >> 20} MiB)'
+            reason = f'ran out of memory (the limit is {self.limits.memory >> 20} MiB)'
         self._delete(container.ident)
         with self._lock:
             self._slots.discard((container.base - self._id_base) // ID_RANGE)

@@ -28,7 +28,7 @@ MOST_ACCOUNTS = 1 << 20  # bytes of an image's /etc/passwd or /etc/group
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Unfit(FaasError):
+class ImageUnusable(FaasError):
     """The image cannot be run as it is, or not here."""
 
 
@@ -101,7 +101,9 @@ def _map(layer, where, ids):
         attributes = struct.pack('QQQQ', MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV | MOUNT_ATTR_IDMAP, 0, MS_PRIVATE, ids)
         if libc.syscall(MOUNT_SETATTR, tree, b'', AT_EMPTY_PATH, attributes, len(attributes)):
             why = os.strerror(ctypes.get_errno())
-            raise Unfit(f'the file system of {os.path.dirname(layer)} cannot map ids (ext4, xfs and btrfs can): {why}')
+            raise ImageUnusable(
+                f'the file system of {os.path.dirname(layer)} cannot map ids (ext4, xfs and btrfs can): {why}'
+            )
         _checked(
             libc.syscall(MOVE_MOUNT, tree, b'', AT_FDCWD, where.encode(), MOVE_MOUNT_F_EMPTY_PATH), 'move_mount'
         )
@@ -129,7 +131,7 @@ def read_within(root, path):
 def find_user(root, user):
     """({'uid', 'gid', 'additionalGids'}, home) for the USER of an image: name or number, maybe with :group.
 
-    As in the OCI image specification, config.md. Raises Unfit.
+    As in the OCI image specification, config.md. Raises ImageUnusable.
     """
     wanted, _, wanted_group = user.partition(':')
     accounts = [line.split(':') for line in read_within(root, 'etc/passwd')]
@@ -137,14 +139,14 @@ def find_user(root, user):
     wanted = wanted or '0'
     entry = next((each for each in accounts if len(each) >= 6 and wanted in (each[0], each[2])), None)
     if entry is None and not wanted.isdecimal():
-        raise Unfit(f"the image's user {wanted!r} is not in its /etc/passwd")
+        raise ImageUnusable(f"the image's user {wanted!r} is not in the image's /etc/passwd")
     uid = _number(entry[2] if entry else wanted)
     gid = _number(entry[3]) if entry else 0
     more = []
     if wanted_group:
         found = next((each for each in groups if len(each) >= 3 and wanted_group in (each[0], each[2])), None)
         if found is None and not wanted_group.isdecimal():
-            raise Unfit(f"the image's group {wanted_group!r} is not in its /etc/group")
+            raise ImageUnusable(f"the image's group {wanted_group!r} is not in the image's /etc/group")
         gid = _number(found[2] if found else wanted_group)
     elif entry:
         more = [_number(each[2]) for each in groups if len(each) >= 4 and entry[0] in each[3].split(',')]
@@ -153,7 +155,7 @@ def find_user(root, user):
 
 def _number(text):
     if not re.fullmatch('[0-9]{1,5}', text, re.ASCII) or int(text) > 65535:
-        raise Unfit(f"the image's user or group has the number {text!r}, and 65535 is the greatest")
+        raise ImageUnusable(f"the image's user or group has the number {text!r}, and 65535 is the greatest")
     return int(text)
 
 
