@@ -38,7 +38,7 @@ def removal(method: Callable) -> Callable:
     """
 
     @functools.wraps(method)
-    def run(self, *args):
+    def run(self: 'Database', *args: object) -> object:
         return self._with_reserve(lambda: method(self, *args))
 
     return run

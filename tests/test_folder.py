@@ -227,7 +227,7 @@ class Folders(Staged):
 
     @inside.inside
     def test_a_procfile_has_one_line(self):
-        for text, pattern in (('', '0 lines'), ('web: a\nworker: b', '2 lines'), ('web:', 'is not a command'), ('"', 'quot')):
+        for text, pattern in (('', '0 lines'), ('web: a\nworker: b', '2 lines'), ('web:', 'command'), ('"', 'quot')):
             self.refuse(archive(HANDLER, ('Procfile', text)), pattern)
 
     @inside.inside
