@@ -301,6 +301,7 @@ class Containers:
                         return True
         return False
 
+
 def program_missing(said: str, spec: Spec) -> tuple[str, str] | None:
     """(error, hint) when the runtime says that it found no such program on the PATH; else None."""
     if not re.search(r'executable file .*not found in \$PATH', said):

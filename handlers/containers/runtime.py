@@ -32,8 +32,8 @@ del sys.path[0], sys.modules['protocol']  # the function may have a module of th
 
 FUNCTION = '/function'
 CONTROL = '/control.sock'
-# Python runs one thread at a time, so threads that compute slow each other down. There are few threads; more are started
-# only when all have been busy for a while, and end when they have nothing to do.
+# Python runs one thread at a time, so threads that compute slow each other down. There are few threads. More are
+# started only when all have been busy for a while, and they end when they have nothing to do.
 FEW_THREADS, MOST_THREADS = 2, 32
 ALL_BUSY_S = 0.005
 MOST_PROCESSES = 32
