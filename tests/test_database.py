@@ -300,6 +300,7 @@ class Replacement(InFolder):
         for number in range(3000):
             self.notes.add(f'{number}')
         self.notes.check_file()
+        self.assertLess((self.folder / 'notes.db-wal').stat().st_size, 3 << 19, 'the log must fit into a reserve')
 
     def test_a_deleted_one_is_noticed(self):
         self.path.unlink()
