@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 import sqlite3
-import threading
 import time
 from collections.abc import Collection
 from typing import NamedTuple

@@ -20,7 +20,6 @@ from handlers.images.archive import ImageError
 from handlers.images.layers import Layers, remove_tree
 from handlers.images.spec import Spec, is_hex, is_tuple
 from host import disk, files, process
-from host.disk import DiskFull  # noqa: F401 - for whoever asks this module what can be wrong
 
 CHUNK = 1 << 20
 UNPACK_TIMEOUT_S = 900
