@@ -350,7 +350,7 @@ class Unpacked(StagedImages):
         (few / 'rm').symlink_to(shutil.which('rm'))
         self.stack.enter_context(unittest.mock.patch.dict(os.environ, {'PATH': str(few)}))
         for data in (images.ZSTD_MAGIC + bytes(99), images.image([images.ZSTD_MAGIC + bytes(99)], RUN)):
-            error = self.refuse(data, 'packed by zstd, which this server lacks')
+            error = self.refuse(data, 'packed with zstd, which is not installed here')
             self.assertIn('install zstd', error.hint)
 
 
