@@ -44,7 +44,7 @@ from handlers.serving.injection import Injector
 from handlers.serving.instance import Surroundings
 from handlers.serving.loop import Loop
 from handlers.serving.server import FaaSServer
-from host import files, netlink, process, systemd
+from host import disk, files, netlink, process, systemd
 from host.errors import EXPECTED, StartError
 from host.firewall import Firewall
 from host.version import VERSION
@@ -57,6 +57,9 @@ CONTROL_PORT = 8080
 UNUSED_ADDRESS = 'fd00:faa5::'  # a port is taken there only by who listens on every address
 OWN_PORTS_HINT = 'let it listen on addresses of its own, not on [::]'
 PR_SET_CHILD_SUBREAPER = 36
+UNFINISHED = ('faas.db', 'Corefile', '*.conf', 'server_*.key', 'children.json')  # files that a killed write may cut
+DISK_LOOK_S = 10
+COPY_LOOK_S = 600
 THREADS_LOOK_S = 1  # how often the main thread looks whether the others live
 
 UNIX_LIMITS = Limits(threads=16, idle_s=60)
@@ -87,6 +90,7 @@ class Daemon:
         self._emit, self._undo = events.emit, contextlib.ExitStack()
         self._problems = Problems(self._emit)
         self._handover, self._forwarders = False, []
+        self._reserve = files.Reserve(f'{STATE}/reserve')
         self._servers: list[ControlServer] = []
         self.vpn = self._make_vpn()
         self.firewall = Firewall(
@@ -159,8 +163,11 @@ class Daemon:
                 raise StartError('another faasd runs on this host', 'end it first') from error
 
     def _open_registry(self) -> None:
-        self.registry = registry.Registry(f'{STATE}/registry.db')
+        self._sweep(STATE, RUN)
+        self.registry = registry.Registry(f'{STATE}/registry.db', self._reserve)
         self._undo.callback(self.registry.close)
+        for folder in registry.check_files(self.registry, f'{STATE}/functions'):
+            self._emit('registry', f'Moved code that the registry does not know to {folder}', problem=True)
         self.registry.abandon_stale()
         self.dns = dns_manager.DNSZoneManager(
             self.registry.next_serial, self._emit, registry.GATEWAY, registry.ZONE_SERVER
@@ -168,7 +175,14 @@ class Daemon:
         self.zone = Projection(
             lambda: self.dns.project(self._zone_records()), lambda: self.dns.is_current(self._zone_records())
         )
+        self._sweep(*self.dns.folders, *self.vpn.folders)
         self.addresses = Projection(lambda: self.vpn.project_addresses(self.registry.function_addresses()))
+
+    def _sweep(self, *folders: str) -> None:
+        """Remove what a killed write has left: some of it holds keys."""
+        for folder in folders:
+            if swept := files.sweep(folder, UNFINISHED):
+                self._emit('faasd', f'Removed {len(swept)} unfinished files from {folder}')
 
     def _zone_records(self) -> dict[str, str]:
         return {function.name: function.ipv6 for function in self.registry.functions()}
@@ -326,7 +340,9 @@ class Daemon:
             Check('connections', self.functions.count_connections),
             Check(interface, repairs.missing_interface),
             Check(interface, repairs.interface, CLOSELY_S, links),
-            Check('registry', self.registry.abandon_stale, CLOSELY_S),
+            Check('registry', self._look_after_registry, CLOSELY_S),
+            Check('disk', self._look_at_disks, DISK_LOOK_S),
+            Check('copy', self.registry.copy_daily, COPY_LOOK_S),
             Check('listener', self.functions.open_others, CLOSELY_S),
             Check('dns', self.supervisor.look_after_coredns),
             Check('enroll', self.enroll.adjust),
@@ -341,6 +357,16 @@ class Daemon:
         self.monitor = Monitor(checks, self._problems.report)
         self.monitor.start()
         self._undo.callback(self.monitor.stop)
+
+    def _look_after_registry(self) -> None:
+        self.registry.check_file()
+        self.registry.abandon_stale()
+
+    def _look_at_disks(self) -> None:
+        """Raises DiskRefuses. The reserve is made again when there is room."""
+        for folder in (STATE, *self.vpn.folders, *self.dns.folders):
+            disk.try_write(folder)
+        self._reserve.make()
 
     def dead_thread(self) -> str | None:
         """The name of a thread that has ended and should not have, or None."""

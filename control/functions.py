@@ -257,7 +257,7 @@ class Functions:
             staging.receive(read if length is not None else self._bounded(read), length)
             steps = undo.enter_context(contextlib.ExitStack())
             steps.callback(attempt, self._emit, self._addresses.sync)
-            function, number = self._registry.begin_revision(name)
+            function, number = self._registry.begin_revision(name, source)
             steps.callback(self._registry.abandon_revision, function, number)
             folder = self._revisions.folder(function, number)
             if function.revision is None:
@@ -349,6 +349,7 @@ class Functions:
                     'reason': reason,
                     'revision': function.revision,
                     'created': date(function.created),
+                    'from': function.source,
                 }
             )
         return answer

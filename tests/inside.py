@@ -15,13 +15,15 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
 import time
 import traceback
 import unittest
 import warnings
 
 from handlers.containers import bundle, containers, protocol
-from handlers.images import spec as specs
+from handlers.images.spec import Spec
+from host import process
 from tests import lab
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWNET = 0x20000, 0x4000000, 0x8000000, 0x40000000
@@ -174,6 +176,24 @@ class InHost(unittest.TestCase):
         cls.host = _hosts[cls.__module__]
 
 
+class OnDisk(InHost):
+    """Tests of what is on a disk of its own."""
+
+    def disk(self, options='size=4m'):
+        """A new folder, with a file system in memory of these options."""
+        folder = self.stack.enter_context(tempfile.TemporaryDirectory())
+        process.run(['mount', '-t', 'tmpfs', '-o', options, 'test', folder])
+        self.stack.callback(process.run, ['umount', '--lazy', folder])
+        return pathlib.Path(folder)
+
+    def fill(self, folder, left=0):
+        """Take all of the room but `left` bytes."""
+        with open(folder / 'filler', 'ab', buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        os.truncate(folder / 'filler', os.stat(folder / 'filler').st_size - left)
+
+
 def tunnel(laptop, private_key, server_key, ipv6):
     """The tunnel from the laptop of lab.pair() to its server, by hand: wg-faas with no route but its own network."""
     lab.add_wireguard(laptop, 'wg-faas')
@@ -189,7 +209,7 @@ def tunnel(laptop, private_key, server_key, ipv6):
 # Containers, in a host
 
 
-SPEC = specs.Spec('handler')
+SPEC = Spec('handler')
 LIMITS = bundle.Limits(memory=256 << 20, pids=64, cpus=2)
 
 

@@ -5,12 +5,10 @@ import json
 import os
 import pathlib
 import signal
-import tempfile
-import threading
 import unittest
 import unittest.mock
 
-from handlers.containers import bundle, containers, logs
+from handlers.containers import bundle, containers
 from host import process
 from tests import inside, lab
 
@@ -212,44 +210,6 @@ class Sees(inside.InHost):
         self.assertEqual(2, kinds.count('socket'))  # the channel and this connection
 
 
-class Limits(inside.InHost):
-    @inside.inside
-    def test_memory_kills_and_the_reason_says_so(self):
-        with inside.prepared(inside.LIMITS._replace(memory=48 << 20)) as them:
-            with inside.Expressions(them) as instance:
-                instance.wait_up()
-                client = instance.connect(json.dumps('len(b"x" * (200 << 20))').encode() + b'\n')
-                self.assertEqual('ran out of memory (its limit is 48 MiB)', instance.wait_end())
-                client.close()
-            with inside.Expressions(them) as instance:
-                self.assertEqual(3, instance.wait_up().value('1 + 2'))
-                instance.container.kill()
-                self.assertEqual('ended by SIGKILL', instance.wait_end())
-
-    @inside.inside
-    def test_processes_and_threads_are_bounded(self):
-        with inside.prepared(inside.LIMITS._replace(pids=16)) as them, inside.Expressions(them) as instance:
-            instance.wait_up()
-            how, what = instance.eval('[subprocess.Popen(["sleep", "100"]) for _ in range(30)]')
-            self.assertEqual(('OSError', 'EAGAIN'), (how, what))
-            self.assertEqual(3, instance.value('1 + 2'))
-            sleep = json.dumps('__import__("time").sleep(0.2)').encode() + b'\n'
-            # More than there may be threads for.
-            clients = [self.stack.enter_context(instance.connect(sleep)) for _ in range(4)]
-            self.assertEqual([b'["ok", null]'] * 4, [inside.read_all(client) for client in clients])
-
-    @inside.inside
-    def test_cores_are_bounded(self):
-        with inside.prepared(inside.LIMITS._replace(cpus=0.25)) as them, inside.Expressions(them) as instance:
-            instance.wait_up()
-            used, took = instance.value(
-                '(lambda t, c: ([None for _ in iter(lambda: t.time() < c[0] + 0.6, False)],'
-                ' (t.process_time() - c[1], t.time() - c[0]))[1])'
-                '(*(lambda t: (t, (t.time(), t.process_time())))(__import__("time")))'
-            )
-            self.assertLess(used / took, 0.5)
-
-
 class Life(inside.InHost):
     @staticmethod
     def cgroups(them):
@@ -351,101 +311,6 @@ class Life(inside.InHost):
             ):
                 with inside.Instance(them, source) as instance:
                     self.assertEqual(reason, instance.wait_end())
-
-
-class Output(unittest.TestCase):
-    def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.path = os.path.join(folder.name, 'log')
-        self.log = logs.Log(self.path)
-
-    def test_the_last_lines_are_whole_and_in_order(self):
-        self.assertEqual(b'', self.log.last(5))
-        for number in range(10):
-            self.log.append(b'line %d\n' % number)
-        self.assertEqual(b'line 8\nline 9\n', self.log.last(2))
-        self.log.append(b'unfinished')
-        self.assertEqual(b'line 9\nunfinished', self.log.last(2))
-        self.assertEqual(11, len(self.log.last(100).splitlines()))
-
-    def test_it_is_bounded_and_the_older_part_is_read_too(self):
-        chunk = b'x' * 1023 + b'\n'
-        for _ in range(3 * logs.LOG_LIMIT // 1024):
-            self.log.append(chunk)
-        self.log.append(b'last\n')
-        files = [
-            os.path.getsize(os.path.join(os.path.dirname(self.path), name))
-            for name in os.listdir(os.path.dirname(self.path))
-        ]
-        self.assertEqual(2, len(files))
-        self.assertLessEqual(sum(files), 2 * logs.LOG_LIMIT + 2048)
-        self.assertEqual(chunk + b'last\n', self.log.last(2))
-
-    def test_a_disk_that_refuses_is_not_the_instances_trouble(self):
-        logs.Log('/no/such/folder/log').append(b'x')
-        self.assertEqual(b'', logs.Log('/no/such/folder/log').last(5))
-
-    def pipe(self):
-        copier = logs.LogCopier()
-        pipe = logs.LogPipe(self.log)
-        copier.add(pipe)
-        return pipe
-
-    def test_what_an_instance_writes_is_in_the_log_and_its_tail_at_hand(self):
-        pipe = self.pipe()
-        for number in range(50):
-            os.write(pipe.writer, b'line %d\n' % number)
-        os.write(pipe.writer, b'end\xff')
-        pipe.close_writer()
-        pipe.wait()
-        lines = [f'line {number}' for number in range(50)] + ['end\ufffd']
-        self.assertEqual(lines[-logs.TAIL_LINES - 1 :], pipe.tail())
-        self.assertEqual(b'line 49\nend\xff', self.log.last(2))
-
-    def test_a_copy_of_the_reading_end_in_a_child_does_not_end_the_copier(self):
-        pipe = self.pipe()
-        held = os.dup(pipe.reader)  # as a child has between its fork and its exec
-        self.addCleanup(os.close, held)
-        pipe.close_writer()
-        pipe.wait()
-        with unittest.mock.patch.object(threading, 'excepthook') as fault:
-            again = self.pipe()
-            os.write(again.writer, b'after\n')
-            again.close_writer()
-            again.wait()
-        fault.assert_not_called()
-        self.assertEqual(['after'], again.tail())
-
-    def test_a_line_without_end_takes_no_more_memory(self):
-        pipe = self.pipe()
-        for _ in range(64):
-            os.write(pipe.writer, b'x' * 65536)
-        pipe.close_writer()
-        pipe.wait()
-        self.assertLessEqual(sum(map(len, pipe.tail())), 2 * logs.LINE_LIMIT)
-
-    def test_many_writers_at_once_leak_no_descriptor(self):
-        pipe = self.pipe()
-        pipe.close_writer()
-        pipe.wait()
-        before = len(os.listdir('/proc/self/fd'))
-        copier = logs.LogCopier()
-
-        def one():
-            mine = logs.LogPipe(self.log)
-            copier.add(mine)
-            os.write(mine.writer, b'text\n')
-            mine.close_writer()
-            mine.wait()
-
-        threads = [threading.Thread(target=one) for _ in range(50)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertLessEqual(len(os.listdir('/proc/self/fd')), before + 1)  # the second copier's own
-        self.assertEqual(50, self.log.last(100).count(b'text\n'))
 
 
 def hidden(mounts):

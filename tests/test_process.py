@@ -1,16 +1,15 @@
-"""Programs are run as asked, their failures say why, and files are replaced whole."""
+"""Programs are run as asked, their failures say why, and processes are told from others of the same number."""
 
 import ctypes
 import errno
 import os
 import pathlib
 import signal
-import stat
 import tempfile
 import unittest
 from unittest import mock
 
-from host import files, process, systemd
+from host import process, systemd
 from tests import inside, lab
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -113,50 +112,6 @@ class RunWithFds(InFolder):
         with self.assertRaisesRegex(process.CommandError, 'no end'):
             process.run_with_fds(['sleep', '1000'], {}, timeout_s=0.2)
         self.assertEqual(before, os.listdir('/proc/self/fd'))
-
-
-class Files(InFolder):
-    def test_a_file_is_replaced_whole_with_its_mode_and_nothing_else_remains(self):
-        path = self.folder / 'file'
-        files.write_file(path, 'old', mode=0o600)
-        held = open(path)
-        files.write_file(path, b'new', mode=0o600)
-        with held:
-            self.assertEqual('old', held.read())
-        self.assertEqual('new', path.read_text())
-        self.assertEqual(0o600, stat.S_IMODE(path.stat().st_mode))
-        self.assertEqual(['file'], os.listdir(self.folder))
-
-    def test_when_any_step_fails_the_old_one_stays_and_nothing_else(self):
-        path = self.folder / 'file'
-        files.write_file(path, 'old')
-        for step in ('fsync', 'fchmod', 'replace'):
-            with mock.patch.object(files.os, step, side_effect=OSError(28, 'No space left')), self.subTest(step):
-                self.assertRaises(OSError, files.write_file, path, 'new')
-                self.assertEqual(('old', ['file']), (path.read_text(), os.listdir(self.folder)))
-
-    def test_the_folder_is_synced_after_the_new_name_stands(self):
-        steps = []
-        real_replace, real_fsync = os.replace, os.fsync
-
-        def fsync(fd):
-            steps.append('folder' if os.path.isdir(f'/proc/self/fd/{fd}') else 'file')
-            real_fsync(fd)
-
-        def replace(*both):
-            steps.append('replace')
-            real_replace(*both)
-
-        with mock.patch.object(files.os, 'fsync', fsync), mock.patch.object(files.os, 'replace', replace):
-            files.write_file(self.folder / 'file', 'text')
-        self.assertEqual(['file', 'replace', 'folder'], steps)
-
-    def test_a_file_that_is_gone_can_be_removed(self):
-        path = self.folder / 'file'
-        path.touch()
-        files.remove_file(path)
-        files.remove_file(path)
-        self.assertEqual([], os.listdir(self.folder))
 
 
 class End(unittest.TestCase):

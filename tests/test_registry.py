@@ -19,7 +19,8 @@ import unittest
 from unittest import mock
 
 import registry
-from tests import lab
+from host import disk, files
+from tests import inside, lab
 
 KEYS = [base64.b64encode(bytes((number,)) * 32).decode() for number in range(1, 40)]
 FUNCTIONS = 'fd00:faa5:1:0'
@@ -177,6 +178,20 @@ class Functions(RegistryTest):
         self.assertEqual(before, self.registry.function('hello'))
         self.assertEqual((before, 2), self.registry.begin_revision('hello'))
 
+    def test_what_a_deploy_took_is_told_of_what_is_live(self):
+        function, number = self.registry.begin_revision('hello', './hello')
+        self.assertIsNone(function.source)
+        self.registry.commit_revision(function, number)
+        self.assertEqual('./hello', self.registry.function('hello').source)
+        function, number = self.registry.begin_revision('hello', "the example 'hello'")
+        self.assertEqual('./hello', function.source)
+        self.assertEqual('./hello', self.reopen().functions()[0].source)
+        function, number = self.registry.begin_revision('hello', "the example 'hello'")
+        self.registry.commit_revision(function, number)
+        self.assertEqual("the example 'hello'", self.registry.function('hello').source)
+        self.deploy('hello')
+        self.assertIsNone(self.registry.function('hello').source)
+
     def test_two_deploys_of_one_name_at_once_are_one(self):
         started, outcomes = threading.Barrier(8), []
 
@@ -197,8 +212,8 @@ class Functions(RegistryTest):
 
     def test_a_deploy_that_a_full_disk_ended_does_not_block_the_next(self):
         function, number = self.registry.begin_revision('hello')
-        full = mock.patch.object(self.registry, '_change', side_effect=sqlite3.OperationalError('disk is full'))
-        with full, self.assertRaises(sqlite3.OperationalError):
+        full = mock.patch.object(self.registry, '_change', side_effect=disk.DiskFull('the disk is full'))
+        with full, self.assertRaises(disk.DiskFull):
             self.registry.abandon_revision(function, number)
         again, number = self.registry.begin_revision('hello')
         self.assertEqual((function.ipv6, 1), (again.ipv6, number))
@@ -273,15 +288,6 @@ class TheFile(RegistryTest):
         self.assertEqual([('wal',)], self.sql('PRAGMA journal_mode'))
         self.assertEqual([(2,)], self.registry._rows('PRAGMA synchronous'))
 
-    def test_a_newer_schema_is_refused_and_left_alone(self):
-        self.assertEqual([(registry.SCHEMA_VERSION,)], self.sql('PRAGMA user_version'))
-        self.deploy('hello')
-        self.sql(f'PRAGMA user_version = {registry.SCHEMA_VERSION + 1}')
-        with self.assertRaisesRegex(registry.RegistryError, 'has schema 2, this faasd knows 1') as caught:
-            registry.Registry(self.path)
-        self.assertEqual('install the newer faasd', caught.exception.hint)
-        self.assertEqual([('hello',)], self.sql('SELECT name FROM functions'))
-
     def test_kill_9_in_the_middle_of_many_changes_leaves_it_consistent(self):
         code = (
             'import itertools, sys, registry\nthe = registry.Registry(sys.argv[1])\n'
@@ -312,6 +318,218 @@ class TheFile(RegistryTest):
             )
             before, serial = serial, self.registry.next_serial()
             self.assertGreater(serial, before)
+
+
+class Schemas(unittest.TestCase):
+    """tests/schemas/N.sql is a registry of schema N, as faasd of that time left it."""
+
+    def test_a_registry_of_each_older_schema_is_brought_to_the_newest(self):
+        older = [number for number, _ in registry.MIGRATIONS][:-1]
+        texts = {int(path.stem): path.read_text() for path in (lab.REPO / 'tests/schemas').glob('*.sql')}
+        self.assertEqual(older, sorted(texts), 'a new schema needs a registry of the one before in tests/schemas')
+        for number, text in texts.items():
+            with self.subTest(number), tempfile.TemporaryDirectory() as folder:
+                path = f'{folder}/registry.db'
+                with contextlib.closing(sqlite3.connect(path)) as db:
+                    db.executescript(text)
+                    before = {table: db.execute(f'SELECT * FROM {table}').fetchall() for table in self.tables(db)}
+                with contextlib.closing(registry.Registry(path)) as opened:
+                    self.check(opened)
+                with contextlib.closing(sqlite3.connect(path)) as db:
+                    self.assertEqual([('ok',)], db.execute('PRAGMA integrity_check').fetchall())
+                    with contextlib.closing(registry.Registry(f'{folder}/new.db')) as new:
+                        for table in self.tables(db):
+                            columns = f'PRAGMA table_info({table})'
+                            self.assertEqual(new._rows(columns), db.execute(columns).fetchall())
+                with contextlib.closing(sqlite3.connect(f'{path}.before-{number + 1}')) as db:
+                    self.assertEqual(
+                        before, {table: db.execute(f'SELECT * FROM {table}').fetchall() for table in self.tables(db)}
+                    )
+
+    def tables(self, db):
+        return [name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY name")]
+
+    def check(self, opened):
+        self.assertEqual('fc0361', opened.instance)
+        self.assertFalse(opened.is_new)
+        functions = [(f.id, f.name, f.ipv6, f.revision, f.source) for f in opened.functions()]
+        self.assertEqual(
+            [(2, 'api', 'fd00:faa5:1:0::b', 1, None), (1, 'hello', 'fd00:faa5:1:0::a', 2, None)], functions
+        )
+        peers = [(peer.name, peer.public_key, peer.preshared_key, peer.ipv6, peer.role) for peer in opened.peers()]
+        self.assertEqual(
+            [
+                ('laptop', KEYS[0], KEYS[1], 'fd00:faa5:0:100::a', 'admin'),
+                ('tablet', KEYS[3], None, 'fd00:faa5:0:100::c', 'peer'),
+            ],
+            peers,
+        )
+        self.assertEqual([('lost', KEYS[2])], opened.removed_peers())
+        self.assertEqual('phone', opened.redeem('1d39a7bf653580cc', 'other', KEYS[4]).name)
+        opened.abandon_stale()
+        function, number = opened.begin_revision('hello', './hello')
+        self.assertEqual((1, 3), (function.id, number))
+        opened.commit_revision(function, number)
+        self.assertEqual('./hello', opened.function('hello').source)
+        self.assertEqual(5, opened.begin_revision('next')[0].id)
+        self.assertEqual(2025004, opened.next_serial())
+
+
+class LostAndRestored(RegistryTest):
+    def setUp(self):
+        super().setUp()
+        self.functions = os.path.join(os.path.dirname(self.path), 'functions')
+
+    def put(self, *revisions):
+        for revision in revisions:
+            os.makedirs(os.path.join(self.functions, revision, 'tree'))
+
+    def on_disk(self):
+        return sorted(str(path.relative_to(self.functions)) for path in pathlib.Path(self.functions).glob('*/*'))
+
+    def check_files(self):
+        return registry.check_files(self.registry, self.functions)
+
+    def lose(self):
+        """The registry that a start finds after the file was deleted."""
+        self.registry.close()
+        os.unlink(self.path)
+        self.registry = registry.Registry(self.path)
+
+    def test_a_new_one_is_new_until_something_was_in_it(self):
+        self.assertTrue(self.registry.is_new)
+        self.assertTrue(self.reopen().is_new)
+        self.assertEqual([], self.check_files())  # there is no such folder
+        self.registry.add_peer('laptop', KEYS[0])
+        self.assertFalse(self.registry.is_new)
+        self.registry.begin_peer_removal('laptop')
+        self.registry.end_peer_removal('laptop')
+        self.assertFalse(self.reopen().is_new)
+
+    def test_a_missing_or_empty_file_beside_functions_is_refused_at_every_start(self):
+        self.deploy('hello', 'api')
+        self.registry.copy_daily()
+        self.put('1/1', '2/1')
+        for lose in (self.lose, self.reopen, lambda: os.truncate(self.path, 0) or self.reopen()):
+            self.registry.close()
+            lose()
+            with self.assertRaisesRegex(registry.RegistryError, 'is empty or was lost.* code of 2 functions') as caught:
+                self.check_files()
+            self.assertIn(f'cp {self.path}.daily {self.path}', caught.exception.hint)
+            self.assertIn(f'mv {self.functions} {self.functions}.old', caught.exception.hint)
+            self.assertNotIn('\n', str(caught.exception) + caught.exception.hint)
+        self.assertEqual(['1/1', '2/1'], self.on_disk())
+        command = caught.exception.hint.partition('then: ')[2].partition('; or')[0]
+        self.registry.close()
+        subprocess.run(['sh', '-ec', command], check=True)
+        self.registry = registry.Registry(self.path)
+        self.assertEqual([], self.check_files())
+        self.assertEqual(['api', 'hello'], [function.name for function in self.registry.functions()])
+
+    def test_an_empty_one_does_not_replace_the_copy_of_the_lost(self):
+        self.deploy('hello')
+        self.registry.copy_daily()
+        self.lose()
+        os.utime(f'{self.path}.daily', (0, 0))
+        self.assertFalse(self.registry.copy_daily())
+        with contextlib.closing(sqlite3.connect(f'{self.path}.daily')) as db:
+            self.assertEqual([('hello',)], db.execute('SELECT name FROM functions').fetchall())
+
+    def test_with_its_functions_moved_away_a_new_one_starts(self):
+        self.put('1/1')
+        os.rename(self.functions, self.functions + '.old')
+        self.assertEqual([], self.check_files())
+
+    def test_what_an_older_copy_knows_nothing_of_is_moved_aside(self):
+        self.deploy('hello', 'api')
+        self.registry.copy_daily()
+        self.deploy('hello', 'hello', 'later')
+        self.put('1/3', '2/1', '3/1')
+        self.assertEqual([], self.check_files())
+        self.registry.close()
+        os.replace(f'{self.path}.daily', self.path)
+        self.registry = registry.Registry(self.path)
+        moved = self.check_files()
+        self.assertEqual(['2/1'], self.on_disk())
+        names = [path.removeprefix(f'{self.functions}.unknown/').partition('.')[0] for path in moved]
+        self.assertEqual(['1/3', '3/1'], names)
+        for path in moved:
+            self.assertEqual(['tree'], os.listdir(path))
+        self.assertEqual([], self.check_files())
+
+    def test_what_a_killed_deploy_or_removal_left_is_known(self):
+        self.deploy('hello', 'gone')
+        self.registry.remove_function('gone')
+        self.registry.begin_revision('hello')
+        self.registry.begin_revision('half')
+        self.put('1/1', '1/2', '2/1', '3/1')
+        self.assertEqual([], self.check_files())
+        self.reopen().abandon_stale()
+        self.assertEqual([], self.check_files())
+        self.put('.incoming-abc/work')
+        self.assertEqual([], self.check_files())
+
+
+class FullDisk(inside.OnDisk):
+    @inside.inside
+    def test_functions_and_peers_are_removed_and_nothing_is_added(self):
+        folder = self.disk('size=8m')
+        functions, peers = [f'f{number}' for number in range(50)], [f'p{number}' for number in range(30)]
+        reserve = files.Reserve(f'{folder}/reserve', 2 << 20)
+        reserve.make()
+        path = f'{folder}/registry.db'
+        the = registry.Registry(path, reserve)
+        for name in functions:
+            the.commit_revision(*the.begin_revision(name))
+        for name, key in zip(peers, KEYS, strict=False):
+            the.add_peer(name, key)
+        invite, deploying = the.add_invite(), the.begin_revision('half')
+        the.close()  # nothing of the log is left to write to
+        the = registry.Registry(path, reserve)
+        self.stack.callback(the.close)
+        self.fill(folder)
+        for change in (
+            lambda: the.begin_revision('more'),
+            lambda: the.add_peer('more', KEYS[-1]),
+            lambda: the.redeem(invite.id, 'more', KEYS[-1]),
+            the.add_invite,
+            the.next_serial,
+        ):
+            with self.assertRaises(disk.DiskFull) as caught:
+                change()
+            self.assertIn('faas rm', caught.exception.hint)
+        self.assertTrue(os.path.exists(reserve.path))
+        the.begin_peer_removal(peers[0])
+        self.assertFalse(os.path.exists(reserve.path))
+        the.abandon_revision(*deploying)
+        for name in peers:
+            the.begin_peer_removal(name)
+            the.end_peer_removal(name)
+        for name in functions:
+            the.remove_function(name)
+        self.assertEqual(([], [], []), (the.peers(), the.removed_peers(), the.functions()))
+
+    @inside.inside
+    def test_each_removal_alone_takes_the_reserve(self):
+        for remove in (
+            lambda the: the.begin_peer_removal('one'),
+            lambda the: the.end_peer_removal('two'),
+            lambda the: the.remove_function('hello'),
+            lambda the: the.abandon_stale(),
+        ):
+            folder = self.disk()
+            reserve = files.Reserve(f'{folder}/reserve', 1 << 20)
+            reserve.make()
+            with contextlib.closing(registry.Registry(f'{folder}/registry.db')) as the:
+                the.commit_revision(*the.begin_revision('hello'))
+                the.begin_revision('half')
+                the.add_peer('one', KEYS[0])
+                the.add_peer('two', KEYS[1])
+                the.begin_peer_removal('two')
+            with contextlib.closing(registry.Registry(f'{folder}/registry.db', reserve)) as the:
+                self.fill(folder)
+                remove(the)
+                self.assertFalse(os.path.exists(reserve.path))
 
 
 class Peers(RegistryTest):

@@ -8,7 +8,7 @@ import subprocess
 import unittest
 
 from handlers.containers import bundle, containers, rootfs
-from handlers.images import spec as specs
+from handlers.images.spec import Spec
 from host import process
 from tests import inside, programs
 
@@ -54,7 +54,7 @@ class Image(inside.InHost):
 
     def start(self, them, command, user='', layers=None, cwd='/', env=None):
         reader, writer = os.pipe()
-        spec = specs.Spec(
+        spec = Spec(
             'image', ('/bin/busybox', 'sh', '-c', command), env or {}, cwd, user, layers=tuple(layers or self.layers)
         )
         try:
@@ -134,8 +134,8 @@ class Image(inside.InHost):
     def test_a_user_that_does_not_exist_is_named(self):
         self.base()
         for user, pattern in (
-            ('nobody', "user 'nobody' is not in its /etc/passwd"),
-            ('www:none', "group 'none' is not in its /etc/group"),
+            ('nobody', "user 'nobody' is not in the image's /etc/passwd"),
+            ('www:none', "group 'none' is not in the image's /etc/group"),
             ('99999999', '65535 is the greatest'),
         ):
             with inside.prepared() as them, self.assertRaisesRegex(containers.ContainerError, pattern):
@@ -204,7 +204,7 @@ class Image(inside.InHost):
         elsewhere = pathlib.Path('/var/lib/elsewhere')  # on the host's overlay, which cannot
         shutil.copytree('/var/lib/faasd/layers', elsewhere / 'layers')
         with inside.prepared() as them, self.assertRaisesRegex(containers.ContainerError, 'cannot map ids'):
-            spec = specs.Spec('image', ('/bin/busybox',), cwd='/', layers=tuple(self.layers))
+            spec = Spec('image', ('/bin/busybox',), cwd='/', layers=tuple(self.layers))
             them.start('test', 1, spec, str(elsewhere / 'layers'), 1, cookie=1)
 
 
@@ -224,5 +224,5 @@ class UserNamespace(inside.InHost):
 class Users(unittest.TestCase):
     def test_numbers_are_bounded(self):
         for text in ('-1', '65536', '٣', '1e3', ''):
-            with self.subTest(text), self.assertRaises(rootfs.Unfit):
+            with self.subTest(text), self.assertRaises(rootfs.ImageUnusable):
                 rootfs._number(text)

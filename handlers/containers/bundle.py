@@ -5,18 +5,18 @@ import resource
 from typing import NamedTuple
 
 from handlers.containers import seccomp
-from handlers.images.spec import candidates
+from handlers.images.spec import Spec, candidates
 
 RUNTIME = '/opt/faas/runtime.py'
-# Every instance has a range of its own, so that no two can signal, trace or read each other, and nothing in the host's
-# tree is theirs; the first range owns the layers of images there, mapped to an instance's own when they are mounted.
-# From above what systemd gives to containers (UIDS-GIDS.md: 524288 to 1879048191) up to 2^31, where programs begin to
-# fail.
+# Every instance has its own range of ids, so that no instance can signal, trace or read another, and none owns a file
+# of the host. The first range owns the layers of images on the host; when layers are mounted, it is mapped to the range
+# of the instance. The ranges lie above those that systemd gives to containers (UIDS-GIDS.md: 524288 to 1879048191) and
+# below 2^31, where programs begin to fail.
 ID_RANGE = 65536
 
 
 class Limits(NamedTuple):
-    """What one instance may use: bytes of memory, processes and threads, cores."""
+    """What one instance may use: bytes of memory, number of processes and threads, cores."""
 
     memory: int
     pids: int
@@ -24,16 +24,16 @@ class Limits(NamedTuple):
 
 
 class Configurations(NamedTuple):
-    """Makes the configurations of one server's instances: in which cgroup, over which shared root file system."""
+    """Makes the configurations of one server's instances. All folders share the root file system `rootfs`."""
 
     limits: Limits
     cgroup: str
     rootfs: str
 
-    def shared(self, ident, name, spec, base):
-        """What the configurations of all instances share."""
+    def shared(self, ident: str, name: str, spec: Spec, base: int) -> dict:
+        """The part that is alike for folders and images. `base` is the first host id."""
         memory, pids, cpus = self.limits
-        files = min(8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1])  # the container may not raise ours
+        files = min(8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1])  # a container cannot have more than we do
         resources = {
             'memory': {'limit': memory},
             'pids': {'limit': pids},
@@ -43,7 +43,7 @@ class Configurations(NamedTuple):
         if os.path.exists('/sys/fs/cgroup/cgroup.controllers') or os.path.exists(
             '/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes'
         ):
-            resources['memory']['swap'] = memory  # memory and swap together: none of it is swap
+            resources['memory']['swap'] = memory  # the sum of both: so there is no swap
         ids = [{'containerID': 0, 'hostID': base, 'size': ID_RANGE if spec.layers else 1}]
         return {
             'ociVersion': '1.0.2',
@@ -94,8 +94,8 @@ class Configurations(NamedTuple):
             },
         }
 
-    def add_folder(self, config, spec, tree):
-        """The sandbox of a folder: the host's /usr, read-only, one id and no capability."""
+    def add_folder(self, config: dict, spec: Spec, tree: str) -> None:
+        """Add the sandbox of a folder: the host's /usr, read-only; one id; no capability."""
         process = config['process']
         if spec.kind == 'handler':
             process |= {'cwd': '/function', 'args': ['/usr/bin/python3', '-I', '-S', '-u', RUNTIME]}
@@ -111,8 +111,8 @@ class Configurations(NamedTuple):
         if spec.kind != 'handler':
             config['mounts'].append(tmpfs('/sys', '64k', '755', 'ro'))  # for its cgroup
 
-    def add_image(self, config, spec, root, user, home):
-        """The sandbox of an image: its mounted layers, and of root's capabilities those that stay inside."""
+    def add_image(self, config: dict, spec: Spec, root: str, user: dict, home: str) -> None:
+        """Add the sandbox of an image: the mounted layers, and the capabilities that stay inside."""
         environment = {
             'PATH': '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin',
             'HOSTNAME': config['hostname'],
@@ -144,14 +144,14 @@ class Configurations(NamedTuple):
         ]
 
     @staticmethod
-    def add_ways_to_serve(config, spec, bundle):
-        """The two of a program that is not under runtime.py: /control.sock, and listen(), also below port 1024."""
+    def add_ways_to_serve(config: dict, spec: Spec, bundle: str) -> None:
+        """Add the two ways to serve without runtime.py: /control.sock, and listen(), also below port 1024."""
         environment = config['process']['env']
         if not any(line.startswith('PORT=') for line in environment):
             environment.append(f'PORT={candidates(spec)[0]}')
         config['mounts'] += [
             host('/run/faas', os.path.join(bundle, 'control')),
-            # Where a JVM and others see their limits; without, they take the host's memory for theirs.
+            # A JVM and others read their limits here. Without it they plan with the memory of the host.
             {
                 'destination': '/sys/fs/cgroup',
                 'type': 'cgroup',
@@ -160,27 +160,30 @@ class Configurations(NamedTuple):
             },
         ]
         linux = config['linux']
-        linux['readonlyPaths'] = [*linux['readonlyPaths'], '/sys/fs/cgroup']  # runc leaves that itself writable
+        linux['readonlyPaths'] = [*linux['readonlyPaths'], '/sys/fs/cgroup']  # runc leaves the top folder writable
         linux['sysctl'] = {'net.ipv4.ip_unprivileged_port_start': '0'}
         linux['seccomp'] = seccomp.notifying(linux['seccomp'], os.path.join(bundle, 'notify.sock'), '')
 
 
-# Within its own user namespace alone. KILL: a master that is root, such as gunicorn's, ends its workers that are not.
+# Valid only in the instance's user namespace. KILL: a master that is root, such as gunicorn's, ends its workers.
 IMAGE_CAPABILITIES = ('CAP_CHOWN', 'CAP_SETUID', 'CAP_SETGID', 'CAP_DAC_OVERRIDE', 'CAP_KILL')
 
 
-def capabilities(*names):
+def capabilities(*names: str) -> dict:
+    """The capabilities of a process that has exactly these."""
     return {
         kind: list(names) if kind in ('bounding', 'effective', 'permitted') else []
         for kind in ('bounding', 'effective', 'inheritable', 'permitted', 'ambient')
     }
 
 
-def in_lines(environment):
+def in_lines(environment: dict[str, str]) -> list[str]:
+    """An environment as NAME=VALUE texts."""
     return [f'{name}={value}' for name, value in environment.items()]
 
 
-def tmpfs(where, size, mode, *more):
+def tmpfs(where: str, size: str, mode: str, *more: str) -> dict:
+    """A mount of a new file system in memory."""
     return {
         'destination': where,
         'type': 'tmpfs',
@@ -189,8 +192,8 @@ def tmpfs(where, size, mode, *more):
     }
 
 
-def host(where, source):
-    """A bind mount of the host's `source` and of what is mounted below it, read-only."""
+def host(where: str, source: str) -> dict:
+    """A read-only bind mount of the host's folder `source` and of what is mounted below it."""
     return {
         'destination': where,
         'type': 'bind',

@@ -1,4 +1,4 @@
-"""Containers by runc or crun: the OCI bundle of an instance, its ids and limits, and the log of its output."""
+"""Containers by runc or crun: starts and removes them, and takes over those that a former faasd left."""
 
 import contextlib
 import json
@@ -10,10 +10,12 @@ import signal
 import socket
 import stat
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 from handlers.containers import bundle, protocol, rootfs
-from handlers.containers.bundle import ID_RANGE
+from handlers.containers.bundle import ID_RANGE, Limits
+from handlers.images.spec import Spec
 from host import process, sock_diag
 from host.errors import EXPECTED, FaasError
 
@@ -25,11 +27,18 @@ class ContainerError(FaasError):
 
 
 class Containers:
-    """Makes and removes the containers of one server; `prefix` tells them from another server's on the same kernel."""
+    """Makes and removes the containers of one server. Other servers on the same kernel have another `prefix`."""
 
     def __init__(
-        self, prefix, limits, run_dir='/run/faasd', id_base=0x70000000, cgroup='', runtime='runc', layers_base=None
-    ):
+        self,
+        prefix: str,
+        limits: Limits,
+        run_dir: str = '/run/faasd',
+        id_base: int = 0x70000000,
+        cgroup: str = '',
+        runtime: str = 'runc',
+        layers_base: int | None = None,
+    ) -> None:
         self.prefix, self.limits, self._id_base = prefix, limits, id_base
         self._layers_base = layers_base or id_base  # the first of the ids that own the files of layers
         self._cgroup = f'{cgroup}/{prefix}'
@@ -41,10 +50,11 @@ class Containers:
         self._configurations = bundle.Configurations(limits, self._cgroup, self._rootfs)
         self._mappings = {}  # slot → the user namespace that maps the owners of layers to it
 
-    def prepare(self, wanted=lambda record: False):
-        """Remove what a killed run left of its instances, and lay out the root file system that all folders share.
+    def prepare(self, wanted: Callable[[dict], bool] = lambda record: False) -> list[tuple[dict, 'Container']]:
+        """Remove the instances that a former run left, and lay out the root file system that all folders share.
 
-        Returns [(record, Container)] of those that still run, serve a listener of their own, and are `wanted`.
+        Kept are those that run, serve a listener of their own, and are wanted(record). Returns [(record, Container)] of
+        them.
         """
         kept = {}
         for folder in (self._instances, *self._roots.values()):
@@ -55,12 +65,11 @@ class Containers:
                     if ident not in kept:
                         self._delete(ident)
         self._remove_cgroups()
-        if not kept:  # else it may be in use, and is only brought up to date
+        if not kept:  # else it may be in use: then it is only updated
             shutil.rmtree(self._rootfs, ignore_errors=True)
         os.makedirs(self._instances, mode=0o700, exist_ok=True)
         os.makedirs(self._image, exist_ok=True)
-        # With a user namespace every mount point must exist before, and a tmpfs takes the mode of its mount point (runc
-        # 1.1).
+        # With a user namespace every mount point must exist, and a tmpfs gets the mode of its mount point (runc 1.1).
         for folder in ('dev', 'etc', 'function', 'opt/faas', 'proc', 'run', 'sys', 'tmp', 'usr', 'var'):
             os.makedirs(os.path.join(self._rootfs, folder), exist_ok=True)
         os.chmod(os.path.join(self._rootfs, 'tmp'), 0o1777)
@@ -89,7 +98,7 @@ class Containers:
         return list(kept.values())
 
     def _left(self, ident, wanted):
-        """(record, Container) of an instance of a run that is over, if it still is what its record says, and wanted."""
+        """(record, Container) of an instance of a former run, if it is what the record says, and is wanted."""
         try:
             with open(os.path.join(self._instances, ident, 'record.json')) as file:
                 record = json.load(file)
@@ -106,8 +115,8 @@ class Containers:
         return record, Container(ident, record['pid'], pidfd, base)
 
     @staticmethod
-    def output_of(container):
-        """The reader (owned) of what an instance of a run that is over prints; None if it has taken that elsewhere."""
+    def output_of(container: 'Container') -> int | None:
+        """The reading end (owned) of the output of an instance of a former run. None: its stderr is not our pipe."""
         with contextlib.suppress(OSError):
             fd = os.open(f'/proc/{container.pid}/fd/2', os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             if stat.S_ISFIFO(os.fstat(fd).st_mode):
@@ -115,8 +124,8 @@ class Containers:
             os.close(fd)
         return None
 
-    def listener_of(self, record, container):
-        """The listening socket (owned) that an instance of a run that is over serves; None if it has lost it."""
+    def listener_of(self, record: dict, container: 'Container') -> socket.socket | None:
+        """The listening socket (owned) that an instance of a former run serves. None if it has closed the socket."""
         for where in self._cgroups():
             with contextlib.suppress(OSError), open(os.path.join(where, container.ident, 'cgroup.procs')) as file:
                 for pid in map(int, file.read().split()):
@@ -128,11 +137,21 @@ class Containers:
                             sock.close()
         return None
 
-    def start(self, name, revision, spec, tree, output, channel=None, cookie=None):
-        """A running Container for a revision of function `name`: its specs.Spec and the folder `tree`, or its layers.
+    def start(
+        self,
+        name: str,
+        revision: int,
+        spec: Spec,
+        tree: str,
+        output: int,
+        channel: int | None = None,
+        cookie: int | None = None,
+    ) -> 'Container':
+        """A running Container for a revision of function `name`. `tree` is the folder of its files, or of all layers.
 
-        Borrows the log's writing end, and the runtime's channel or, for what serves in a way of its own, none: then
-        `cookie` is that of the listener it will get. Raises ContainerError; nothing is left then.
+        Borrows `output`, the writing end of the log, and `channel`, the end of the runtime. A program that does not run
+        under runtime.py has no channel: `cookie` is that of the listener it will get. Raises ContainerError; nothing is
+        left then.
         """
         ident = f'{self.prefix}-{secrets.token_hex(4)}'
         with self._lock:
@@ -183,7 +202,7 @@ class Containers:
             raise
 
     def _run(self, ident, name, spec, tree, bundle_dir, base, fds):
-        """Have the OCI runtime start the container with the descriptors `fds`."""
+        """Let the OCI runtime start the container with the descriptors `fds`."""
         make = self._configurations
         config = make.shared(ident, name, spec, base)
         if spec.layers:
@@ -194,7 +213,7 @@ class Containers:
             make.add_folder(config, spec, tree)
         if protocol.CHANNEL_FD not in fds:
             make.add_ways_to_serve(config, spec, bundle_dir)
-        # Its own, so that it can open /dev/stdout: that is where images have their log files lead.
+        # The instance must own its output to open /dev/stdout, where the log files of many images lead.
         user = config['process']['user']
         os.fchown(fds[1], base + user['uid'], base + user['gid'])
         self._write(bundle_dir, 'config.json', config)
@@ -208,26 +227,26 @@ class Containers:
             raise ContainerError(*program_missing(said, spec) or (said,))
 
     def _mapping(self, base):
-        """The user namespace that maps the owners of layers to the range from `base`; made once, and kept."""
+        """The user namespace that maps the owners of layers to the ids from `base`. It is made once and kept."""
         with self._lock:
             if base not in self._mappings:
                 self._mappings[base] = process.user_namespace(f'{self._layers_base} {base} {ID_RANGE}')
             return self._mappings[base]
 
-    def remove(self, container):
-        """Remove what is left of a container whose first process has ended; return why it ended, as a line."""
+    def remove(self, container: 'Container') -> str:
+        """Remove what is left of a container whose first process has ended. Returns why it ended, as a line."""
         code = container.reap()
         signals = {128 + number: number.name for number in signal.Signals}
         reason = f'ended by {signals[code]}' if code in signals else f'ended with exit code {code}'
         if code in (137, 143) and self._out_of_memory(container.ident):
-            reason = f'ran out of memory (its limit is {self.limits.memory >> 20} MiB)'
+            reason = f'ran out of memory (the limit is {self.limits.memory >> 20} MiB)'
         self._delete(container.ident)
         with self._lock:
             self._slots.discard((container.base - self._id_base) // ID_RANGE)
         return reason
 
-    def close(self):
-        """Take away what `prepare` made; every container is removed before, or left to a next run."""
+    def close(self) -> None:
+        """Remove what prepare() made, unless containers are left for the next faasd."""
         for fd in self._mappings.values():
             os.close(fd)
         if self._slots:
@@ -237,20 +256,20 @@ class Containers:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _delete(self, ident):
-        for runtime, root in self._roots.items():  # a killed run may have had the other one
+        for runtime, root in self._roots.items():  # a former run may have used the other one
             if os.path.isdir(root):
-                with contextlib.suppress(process.CommandError):  # the folder goes, even if the runtime has gone
+                with contextlib.suppress(process.CommandError):  # the runtime may be uninstalled by now
                     process.run([runtime, '--root', root, 'delete', '--force', ident], ok=range(256))
         shutil.rmtree(os.path.join(self._instances, ident), ignore_errors=True)
 
     @staticmethod
-    def _write(bundle_dir, name, content):
+    def _write(bundle_dir: str, name: str, content: dict) -> None:
         with open(os.path.join(bundle_dir, name), 'w') as file:
             json.dump(content, file)
 
     @staticmethod
-    def _runtime_said(path):
-        """Why the runtime failed, from its log: the first fatal line, since what follows is only its consequences."""
+    def _runtime_said(path: str) -> str | None:
+        """Why the runtime failed, from its log: the first fatal line. Later lines are consequences of that."""
         with contextlib.suppress(OSError), open(path) as file:
             lines = file.read().strip().splitlines()
             fatal = [line for line in lines if 'level=fatal' in line] or lines[-1:]
@@ -258,7 +277,7 @@ class Containers:
             return re.sub(r'^nsexec-\d\[\d+\]: ', '', said[0]) if said else None
 
     def _cgroups(self):
-        """The folders of this server's cgroup in each hierarchy: one on cgroup v2, one for each controller on v1."""
+        """The folders of this server's cgroup: one with cgroup v2, one for each controller with v1."""
         root = '/sys/fs/cgroup'
         with contextlib.suppress(OSError):
             for where in [root] + [entry.path for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)]:
@@ -282,7 +301,8 @@ class Containers:
                         return True
         return False
 
-def program_missing(said, spec):
+
+def program_missing(said: str, spec: Spec) -> tuple[str, str] | None:
     """(error, hint) when the runtime says that it found no such program on the PATH; else None."""
     if not re.search(r'executable file .*not found in \$PATH', said):
         return None
@@ -293,8 +313,8 @@ def program_missing(said, spec):
     return f'the program {program!r} is not installed on the server', f'{hint}{os.path.basename(program)}'
 
 
-def listening(path, mode):
-    """A unix socket that listens at `path`, which may be longer than an address of 108 bytes, for whom `mode` lets."""
+def listening(path: str, mode: int) -> socket.socket:
+    """A unix socket that listens at `path` and has that mode. The path may be longer than 108 bytes."""
     folder = os.open(os.path.dirname(path), os.O_PATH | os.O_CLOEXEC)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
@@ -310,10 +330,10 @@ def listening(path, mode):
 
 
 class Container(NamedTuple):
-    """A running container: the runtime's id, its first process as pid and pidfd (owned), the first of its ids.
+    """A running container: the id for the runtime, the first process as pid and pidfd (owned), the first host id.
 
-    Without a channel it has two sockets that listen (owned): /control.sock, and where its notification descriptor
-    comes.
+    A program without a channel has two listening sockets (owned): /control.sock, and the one to which runc sends the
+    seccomp notification descriptor.
     """
 
     ident: str
@@ -323,25 +343,23 @@ class Container(NamedTuple):
     control: socket.socket | None = None
     notifier: socket.socket | None = None
 
-    def kill(self, number=signal.SIGKILL):
-        """Signal the first process; with SIGKILL everything in the container goes with it."""
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to the first process. SIGKILL ends everything in the container."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 
-    def catches(self, number):
-        """True if the first process has a handler for a signal; without one the kernel keeps it from that process."""
+    def catches(self, number: int) -> bool:
+        """True if the first process has a handler for the signal. The kernel drops signals to PID 1 without one."""
         with contextlib.suppress(OSError), open(f'/proc/{self.pid}/status') as file:
             return bool(int(re.search(r'SigCgt:\s*([0-9a-f]+)', file.read())[1], 16) >> number - 1 & 1)
         return False
 
-    def reap(self):
-        """Wait for the end and close the pidfd; the exit code, 128 + N for signal N."""
+    def reap(self) -> int:
+        """Wait for the end and close the pidfd. Returns the exit code, 128 + N for signal N."""
         try:
             ended = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
             return ended.si_status if ended.si_code == os.CLD_EXITED else 128 + ended.si_status
-        except ChildProcessError:  # not ours to wait for: this process is no subreaper
+        except ChildProcessError:  # it is not our child: this process is not a subreaper
             return 0
         finally:
             os.close(self.pidfd)
-
-

@@ -1,4 +1,4 @@
-"""What instances print: a bounded log for each function, and the thread that copies into it."""
+"""The output of instances: a log of limited size for each function, and the thread that writes it."""
 
 import collections
 import contextlib
@@ -7,21 +7,21 @@ import select
 import threading
 import time
 
-LOG_LIMIT = 1 << 20  # bytes; one older file of that size is kept
+LOG_LIMIT = 1 << 20  # bytes of a log file; one older file is kept
 TAIL_LINES = 20
 LINE_LIMIT = 4096
-PAUSE_S = 0.01  # between two turns of the copier: a function that floods its log gets a pipe's worth for each
+COPY_PERIOD_S = 0.01  # between two turns of the copier: in each a function gets at most one pipe copied
 
 
 class Log:
-    """The output of a function's instances, in a file of bounded size."""
+    """The output of a function's instances, in a file of limited size."""
 
-    def __init__(self, path):
+    def __init__(self, path: str) -> None:
         self.path = path
         self._lock = threading.Lock()
 
-    def append(self, data):
-        """Write as the instance did; what the disk refuses is lost, not the instance."""
+    def append(self, data: bytes) -> None:
+        """Write what an instance printed. On a full disk the output is lost, and the instance goes on."""
         with self._lock, contextlib.suppress(OSError):
             with open(self.path, 'ab') as file:
                 file.write(data)
@@ -29,7 +29,7 @@ class Log:
             if full:
                 os.replace(self.path, f'{self.path}.1')
 
-    def last(self, lines):
+    def last(self, lines: int) -> bytes:
         """The last `lines` lines as bytes."""
         data = b''
         for path in (f'{self.path}.1', self.path):
@@ -39,26 +39,26 @@ class Log:
 
 
 class LogPipe:
-    """One instance's stdout and stderr on their way into a Log."""
+    """The pipe from one instance's stdout and stderr to a Log."""
 
-    def __init__(self, log, reader=None):
-        """A new pipe, or the `reader` (consumed) of one whose instance was started by a faasd that is no more."""
+    def __init__(self, log: Log, reader: int | None = None) -> None:
+        """A new pipe, or the one whose reading end is `reader` (consumed): a former faasd started that instance."""
         self._log, self._lines, self._rest = log, collections.deque(maxlen=TAIL_LINES), b''
         self._ended = threading.Event()
         self.reader, self.writer = reader, None
         if reader is None:
             self.reader, writer = os.pipe2(os.O_CLOEXEC)
-            # The instance gets an end for both: should faasd die, it has a reader all the same, and no write fails.
+            # The instance gets an end that can also read: if faasd dies, the pipe has a reader, and writes succeed.
             self.writer = os.open(f'/proc/self/fd/{writer}', os.O_RDWR | os.O_CLOEXEC)
             os.close(writer)
         os.set_blocking(self.reader, False)
 
-    def close_writer(self):
-        """Let go of our copy of the writing end: the instance has its own."""
+    def close_writer(self) -> None:
+        """Close our copy of the writing end. The instance has its own."""
         os.close(self.writer)
 
-    def copy(self):
-        """Move what is there; False at the end."""
+    def copy(self) -> bool:
+        """Copy what has arrived to the log. False at the end of the output."""
         try:
             data = os.read(self.reader, 65536)
         except BlockingIOError:
@@ -71,36 +71,36 @@ class LogPipe:
         self._rest = self._rest[-LINE_LIMIT:]
         return True
 
-    def close(self):
+    def close(self) -> None:
         os.close(self.reader)
         self._ended.set()
 
-    def wait(self):
-        """Return when all was copied that an instance wrote before its end; a second at most."""
+    def wait(self) -> None:
+        """Return when the whole output of an instance that has ended is copied, or after a second."""
         self._ended.wait(timeout=1)
 
-    def tail(self):
-        """The instance's last lines as text."""
+    def tail(self) -> list[str]:
+        """The last lines of the instance."""
         lines = [*self._lines, self._rest] if self._rest else list(self._lines)
         return [line.decode(errors='replace') for line in lines]
 
 
 class LogCopier:
-    """One thread that copies every instance's output, so that a busy accept loop never waits for a disk."""
+    """One thread that copies the output of all instances, so that the accept loop never waits for a disk."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._epoll, self._pipes = select.epoll(), {}
         threading.Thread(target=self._run, name='logs', daemon=True).start()
 
-    def add(self, pipe):
+    def add(self, pipe: LogPipe) -> None:
         self._pipes[pipe.reader] = pipe
         self._epoll.register(pipe.reader, select.EPOLLIN)
 
     def _run(self):
         while True:
-            time.sleep(PAUSE_S)
+            time.sleep(COPY_PERIOD_S)
             for fd, _ in self._epoll.poll():
                 if not self._pipes[fd].copy():
-                    # Before it is closed: a child of ours may hold a copy between fork and exec, and epoll would go on.
+                    # First: between fork and exec a child of ours may hold a copy, and then epoll still reports it.
                     self._epoll.unregister(fd)
                     self._pipes.pop(fd).close()

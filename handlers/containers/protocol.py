@@ -1,25 +1,25 @@
-"""The hand-off wire between faasd and an instance's runtime.py.
+"""The messages between faasd and the runtime.py of an instance.
 
-One AF_UNIX SOCK_SEQPACKET pair for each instance; the runtime finds its end as descriptor 3. A message is one type byte
-and what follows:
+Each instance has one AF_UNIX SOCK_SEQPACKET pair. The runtime's end is descriptor 3. A message is one type byte and the
+fields after it:
 
     runtime → faasd                              faasd → runtime
     ┌───┬─────────────┐                          ┌───┬────────────┐  + one descriptor (SCM_RIGHTS):
     │ H │ version: u8 │  greeting, first         │ C │ number u64 │    the connection
     ├───┼─────────────┴──┐                       ├───┼────────────┴┐
-    │ R │ kind: UTF-8    │  ready to serve       │ S │ seconds u64 │   stop: serve what you hold, close what is idle
-    ├───┼────────────────┤                       └───┴─────────────┘   after that many seconds, exit
+    │ R │ kind: UTF-8    │  ready to serve       │ S │ seconds u64 │   stop: finish open requests, close what is
+    ├───┼────────────────┤                       └───┴─────────────┘   idle after that many seconds, exit
     │ F │ reason: UTF-8  │  cannot start
     ├───┼────────────┬───┘
     │ D │ number u64 │      done with connection `number`
     └───┴────────────┘
 
-For example b'C' + 7 in eight bytes with a descriptor, and after the answer is written b'D' + 7. Numbers are network
-byte order and never repeat within an instance. A message is at most MAX_MESSAGE bytes. The kernel never merges messages
-that carry descriptors; SEQPACKET never merges any, and a zero-length read is the other side's end.
+For example: faasd sends b'C', 7 in eight bytes, and a descriptor; when the answer is written, the runtime sends b'D'
+and 7. Numbers are in network byte order and never repeat within an instance. A message has at most MAX_MESSAGE bytes.
+SEQPACKET never merges messages. A read of zero bytes means that the other side has closed.
 
-Who closes what: faasd keeps its duplicate of the connection until `D`, so that it knows what the client got if the
-instance dies. The runtime owns the descriptor it received, from before the message is parsed.
+Who closes what: faasd keeps a duplicate of the connection until `D`. From it faasd knows what the client got if the
+instance dies. The runtime owns the descriptor from its arrival on, before it parses the message.
 """
 
 import array
@@ -34,7 +34,7 @@ CHANNEL_FD = 3
 HELLO, READY, FAILED, DONE = b'H', b'R', b'F', b'D'
 CONNECTION, STOP = b'C', b'S'
 
-# What a client gets whose connection no function code has answered: an instance died or its process never fetched it.
+# The answer to a client whose request no function code answered: the instance died, or never fetched the connection.
 BAD_GATEWAY = (
     b'HTTP/1.1 502 Bad Gateway\r\nContent-Type: text/plain\r\nContent-Length: 34\r\nConnection: close\r\n\r\n'
     b'the function died on this request\n'
@@ -45,20 +45,20 @@ _ANCILLARY = socket.CMSG_SPACE(4)
 
 
 class ProtocolError(Exception):
-    """The other side sent what is not in the drawing above."""
+    """The other side sent what this module does not define."""
 
 
-def pair():
-    """(faasd's end, the runtime's end), both non-inheritable; faasd's does not block."""
+def pair() -> tuple[socket.socket, socket.socket]:
+    """(faasd's end, the runtime's end). Both are non-inheritable. faasd's end does not block."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     ours.setblocking(False)
     return ours, theirs
 
 
-def send_connection(channel, number, connection):
-    """Borrow `connection` and pass a copy of it.
+def send_connection(channel: socket.socket, number: int, connection: socket.socket) -> None:
+    """Pass a copy of `connection` (borrowed).
 
-    Raises BlockingIOError when the runtime has not read what it was sent.
+    Raises BlockingIOError when the channel is full: the runtime has not read the messages before.
     """
     channel.sendmsg(
         (_NUMBER.pack(CONNECTION, number),),
@@ -66,26 +66,26 @@ def send_connection(channel, number, connection):
     )
 
 
-def send_number(channel, kind, number):
+def send_number(channel: socket.socket, kind: bytes, number: int) -> None:
     channel.send(_NUMBER.pack(kind, number))
 
 
-def send_text(channel, kind, text):
+def send_text(channel: socket.socket, kind: bytes, text: str) -> None:
     channel.send(kind + text.encode(errors='replace')[: MAX_MESSAGE - 1])
 
 
-def number_of(message):
-    """The number of a C or D message."""
+def number_of(message: bytes) -> int:
+    """The number in a C, S or D message. Raises ProtocolError."""
     try:
         return _NUMBER.unpack(message)[1]
     except struct.error as error:
         raise ProtocolError(f'{len(message)} bytes where {_NUMBER.size} belong') from error
 
 
-def receive(channel):
-    """(message, descriptor or None) from the other side; (b'', None) at its end. The caller owns the descriptor.
+def receive(channel: socket.socket) -> tuple[bytes, int | None]:
+    """(message, descriptor or None); (b'', None) when the other side has closed. The caller owns the descriptor.
 
-    socket.recv_fds would drop the flags and leave the descriptor inheritable.
+    Raises ProtocolError. socket.recv_fds would drop the flags and leave the descriptor inheritable.
     """
     message, ancillary, flags, _ = channel.recvmsg(MAX_MESSAGE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
     fds = array.array('i')

@@ -1,7 +1,7 @@
-"""The root file system of an image's instance: its layers, read-only, and over them a writable layer in memory.
+"""The root file system of an instance of an image: the read-only layers, and over them a writable layer in memory.
 
-All of it is mounted in a mount namespace that the OCI runtime inherits: the host's has nothing of it, and when the
-container ends it is gone.
+Everything is mounted in a mount namespace that the OCI runtime inherits. The host does not see it, and it is gone when
+the container ends.
 """
 
 import ctypes
@@ -10,6 +10,7 @@ import re
 import stat
 import struct
 import threading
+from collections.abc import Callable
 
 from host.errors import FaasError
 
@@ -28,8 +29,8 @@ MOST_ACCOUNTS = 1 << 20  # bytes of an image's /etc/passwd or /etc/group
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Unfit(FaasError):
-    """The image cannot be run as it is, or not here."""
+class ImageUnusable(FaasError):
+    """The image cannot run as it is, or not on this server."""
 
 
 def _checked(result, what):
@@ -39,8 +40,8 @@ def _checked(result, what):
     return result
 
 
-def apart(function):
-    """What function() returns, called in a thread with a mount namespace and a working directory of its own."""
+def apart(function: Callable[[], object]) -> object:
+    """What function() returns. It runs in a thread with its own mount namespace and working directory."""
     answer = []
 
     def run():
@@ -60,21 +61,21 @@ def apart(function):
     return value
 
 
-def mount(where, layers, ids, size, owner):
-    """Lay out the root file system below the folder `where` and return its path. For `apart`.
+def mount(where: str, layers: list[str], ids: int, size: int, owner: int) -> str:
+    """Mount the root file system below the folder `where` and return its path. To be called by apart().
 
-    `layers` are the folders of the image's layers, the bottom one first; `ids` (borrowed) is the user namespace that
-    maps their owners to the instance's; `owner` is the host's id of the instance's root; `size` is the most that the
-    instance can write, in bytes.
+    `layers` are the folders of the image's layers, the bottom one first. `ids` (borrowed) is the user namespace that
+    maps the owners of the layers to ids of the instance. `size` is how many bytes the instance can write. `owner` is
+    the host's id of the instance's root.
     """
     os.chdir(where)
     options = f'mode=755,size={size},nr_inodes={MOST_INODES}'
     _checked(libc.mount(b'tmpfs', b'.', b'tmpfs', MS_NOSUID | MS_NODEV, options.encode()), 'mount')
-    os.chdir(where)  # onto what is mounted there now
+    os.chdir(where)  # again: into the file system that is mounted there now
     for folder in ('layers', 'upper', 'work', 'root'):
         os.mkdir(folder)
-    # The options of an overlay end at a page, so the names are short. A layer that is there twice counts where it is
-    # last.
+    # The options of a mount are at most one page long, so the names are short. Of a layer that occurs twice the upper
+    # one decides.
     layers = list(dict.fromkeys(reversed(layers)))
     for number, layer in enumerate(layers):
         os.mkdir(f'layers/{number}')
@@ -92,7 +93,7 @@ def mount(where, layers, ids, size, owner):
 
 
 def _map(layer, where, ids):
-    """Show the folder `layer` at `where`, read-only, its owners mapped by the user namespace `ids`."""
+    """Mount the folder `layer` at `where`, read-only, with the owners mapped by the user namespace `ids`."""
     tree = _checked(
         libc.syscall(OPEN_TREE, AT_FDCWD, os.fsencode(layer), OPEN_TREE_CLONE | os.O_CLOEXEC), 'open_tree'
     )
@@ -101,7 +102,9 @@ def _map(layer, where, ids):
         attributes = struct.pack('QQQQ', MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV | MOUNT_ATTR_IDMAP, 0, MS_PRIVATE, ids)
         if libc.syscall(MOUNT_SETATTR, tree, b'', AT_EMPTY_PATH, attributes, len(attributes)):
             why = os.strerror(ctypes.get_errno())
-            raise Unfit(f'the file system of {os.path.dirname(layer)} cannot map ids (ext4, xfs and btrfs can): {why}')
+            raise ImageUnusable(
+                f'the file system of {os.path.dirname(layer)} cannot map ids (ext4, xfs and btrfs can): {why}'
+            )
         _checked(
             libc.syscall(MOVE_MOUNT, tree, b'', AT_FDCWD, where.encode(), MOVE_MOUNT_F_EMPTY_PATH), 'move_mount'
         )
@@ -109,8 +112,8 @@ def _map(layer, where, ids):
         os.close(tree)
 
 
-def read_within(root, path):
-    """The lines of the text file `path` of a strange tree, whose links lead nowhere but into it; [] without one."""
+def read_within(root: str, path: str) -> list[str]:
+    """The lines of the text file `path` in a tree of a stranger, [] without one. Links cannot lead out of the tree."""
     top = os.open(root, os.O_PATH | os.O_CLOEXEC)
     try:
         # struct open_how of linux/openat2.h: flags, mode, resolve
@@ -126,10 +129,10 @@ def read_within(root, path):
         return file.read(MOST_ACCOUNTS).decode(errors='replace').splitlines()
 
 
-def find_user(root, user):
-    """({'uid', 'gid', 'additionalGids'}, home) for the USER of an image: name or number, maybe with :group.
+def find_user(root: str, user: str) -> tuple[dict, str]:
+    """({'uid', 'gid', 'additionalGids'}, home) for the USER of an image: a name or number, perhaps with :group.
 
-    As in the OCI image specification, config.md. Raises Unfit.
+    The OCI image specification, config.md, says how. Raises ImageUnusable.
     """
     wanted, _, wanted_group = user.partition(':')
     accounts = [line.split(':') for line in read_within(root, 'etc/passwd')]
@@ -137,14 +140,14 @@ def find_user(root, user):
     wanted = wanted or '0'
     entry = next((each for each in accounts if len(each) >= 6 and wanted in (each[0], each[2])), None)
     if entry is None and not wanted.isdecimal():
-        raise Unfit(f"the image's user {wanted!r} is not in its /etc/passwd")
+        raise ImageUnusable(f"the image's user {wanted!r} is not in the image's /etc/passwd")
     uid = _number(entry[2] if entry else wanted)
     gid = _number(entry[3]) if entry else 0
     more = []
     if wanted_group:
         found = next((each for each in groups if len(each) >= 3 and wanted_group in (each[0], each[2])), None)
         if found is None and not wanted_group.isdecimal():
-            raise Unfit(f"the image's group {wanted_group!r} is not in its /etc/group")
+            raise ImageUnusable(f"the image's group {wanted_group!r} is not in the image's /etc/group")
         gid = _number(found[2] if found else wanted_group)
     elif entry:
         more = [_number(each[2]) for each in groups if len(each) >= 4 and entry[0] in each[3].split(',')]
@@ -153,7 +156,7 @@ def find_user(root, user):
 
 def _number(text):
     if not re.fullmatch('[0-9]{1,5}', text, re.ASCII) or int(text) > 65535:
-        raise Unfit(f"the image's user or group has the number {text!r}, and 65535 is the greatest")
+        raise ImageUnusable(f"the image's user or group has the number {text!r}, and 65535 is the greatest")
     return int(text)
 
 

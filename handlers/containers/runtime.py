@@ -1,13 +1,13 @@
-"""Runs inside the container: loads /function/handler.py and serves what faasd passes, several connections at once.
+"""Runs inside the container: loads /function/handler.py and serves the connections that faasd passes, several at once.
 
-What handler.py offers decides how it is called, the first that fits:
-  1. it speaks to /control.sock itself: it runs as __main__, a process for each connection, and fetches it there
+How handler.py is called depends on what it has. The first of these counts:
+  1. it uses /control.sock itself: it runs as __main__, one process for each connection, and fetches it there
   2. a class derived from http.server.BaseHTTPRequestHandler
   3. a WSGI callable `app` (PEP 3333)
   4. a function `handle(connection, address)`
 
-Threads wait on one epoll together and the one that wakes serves: no thread starts for a connection, none is passed
-between threads, and an idle kept-alive connection holds no thread.
+The threads wait on one epoll, and the one that wakes serves. No thread is started for a connection, no connection is
+passed between threads, and an idle kept-alive connection holds no thread.
 """
 
 import ast
@@ -23,6 +23,7 @@ import threading
 import time
 import traceback
 import types
+from collections.abc import Callable
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import protocol
@@ -31,13 +32,13 @@ del sys.path[0], sys.modules['protocol']  # the function may have a module of th
 
 FUNCTION = '/function'
 CONTROL = '/control.sock'
-# Python runs one thread at a time: more of them than wait for something make each other slow. So there are few, more
-# only when all are held up for a while, and those go when they have nothing to do.
+# Python runs one thread at a time, so threads that compute slow each other down. There are few threads. More are
+# started only when all have been busy for a while, and they end when they have nothing to do.
 FEW_THREADS, MOST_THREADS = 2, 32
-HELD_UP_S = 0.005
+ALL_BUSY_S = 0.005
 MOST_PROCESSES = 32
-IDLE_S, SWEEP_S = 75, 5  # how long a client may be silent between requests, and how often that is looked at
-HEAD_S = 20  # how long a client may be silent within a request's head: it holds a thread then
+KEEPALIVE_IDLE_S, SWEEP_S = 75, 5  # the longest silence between two requests; how often it is checked
+HEAD_S = 20  # how long a client may be silent within the head of a request: it holds a thread meanwhile
 KINDS = (
     'handler.py offers nothing to call: it needs a class derived from BaseHTTPRequestHandler, a WSGI callable `app`, '
     'a function `handle(connection, address)`, or to connect to /control.sock itself'
@@ -48,8 +49,8 @@ class Unusable(Exception):
     """The function cannot be served; the text is one line for the person who deploys it."""
 
 
-def close(connection):
-    """End a connection so that the last bytes arrive: a close() with unread input would reset it."""
+def close(connection: socket.socket) -> None:
+    """Close a connection so that the last bytes arrive: close() with unread input would reset it."""
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_WR)
         connection.setblocking(False)
@@ -59,8 +60,8 @@ def close(connection):
     connection.close()
 
 
-def report():
-    """Print the exception at hand as the function's own: without the runtime's frames."""
+def report() -> None:
+    """Print the current exception without the frames of the runtime."""
     kind, error, frames = sys.exc_info()
     while frames is not None and frames.tb_frame.f_code.co_filename.startswith((__file__, '<frozen importlib')):
         frames = frames.tb_next
@@ -68,28 +69,28 @@ def report():
 
 
 class Whole:
-    """A connection that is served from its first to its last byte in one go; `serve(connection, address)` does it."""
+    """A connection that serve(connection, address) serves from the first to the last byte in one call."""
 
-    def __init__(self, connection, address, serve):
+    def __init__(self, connection: socket.socket, address: tuple, serve: Callable) -> None:
         self.connection, self.address, self._serve = connection, address, serve
 
-    def step(self):
+    def step(self) -> bool:
         self._serve(self.connection, self.address)
         return False
 
 
 class Driven:
-    """A connection of a BaseHTTPRequestHandler class, served a request at a time.
+    """A connection of a BaseHTTPRequestHandler class. It is served one request at a time.
 
-    Between two it may wait without a thread.
+    Between two requests it waits without a thread.
     """
 
-    def __init__(self, connection, address, make):
+    def __init__(self, connection: socket.socket, address: tuple, make: Callable) -> None:
         self.connection, self.address, self._make = connection, address, make
         self._handler = None
 
-    def step(self):
-        """Serve what has arrived. True: the client may ask again. False: this was all."""
+    def step(self) -> bool:
+        """Serve what has arrived. True: the client may send another request. False: the connection is done."""
         if self._handler is None:
             self._handler = self._make(self.connection, self.address, SERVER)
         handler = self._handler
@@ -103,7 +104,7 @@ class Driven:
             except Exception:
                 report()
                 if not handler.answered:
-                    handler.send_error(500, explain='the function raised an exception; its log has it')
+                    handler.send_error(500, explain="the function raised an exception: see the function's log")
                 handler.close_connection = True
             if handler.close_connection:
                 handler.end()
@@ -115,8 +116,8 @@ class Driven:
                 return True
 
 
-def expect_head(handler):
-    """A client that has begun a request and does not end its head holds a thread: set a time-out for it."""
+def expect_head(handler: object) -> None:
+    """Set a time-out for the head of a request: a client that does not end the head holds a thread."""
     if b'\r\n\r\n' not in handler.rfile.peek(1):  # something has arrived, so this does not wait
         handler.connection.settimeout(HEAD_S)
 
@@ -124,15 +125,15 @@ def expect_head(handler):
 SERVER = types.SimpleNamespace(server_name='localhost', server_port=80, server_address=('::', 80, 0, 0))
 
 
-def drive(handler_class, runtime):
-    """A maker of connections for a handler class, which keeps its own setup(), do_GET() and so on."""
+def drive(handler_class: type, runtime: 'Runtime') -> Callable:
+    """A maker of connections for a handler class. The class keeps its own setup(), do_GET() and so on."""
     from http.server import BaseHTTPRequestHandler
 
     if handler_class.handle is not BaseHTTPRequestHandler.handle:
         return lambda connection, address: Whole(connection, address, lambda *both: handler_class(*both, SERVER))
 
     class Requests(handler_class):
-        def handle(self):  # called by __init__; Driven does the work
+        def handle(self):  # __init__ calls it; Driven does the work
             pass
 
         def finish(self):
@@ -154,18 +155,15 @@ def drive(handler_class, runtime):
         def end_headers(self):
             sent = b''.join(getattr(self, '_headers_buffer', ())).lower()
             if (runtime.stopping or self.close_connection) and b'\nconnection:' not in sent:
-                self.send_header('Connection', 'close')  # the client shall not try the same connection again
+                self.send_header('Connection', 'close')  # the client must not use the connection again
             super().end_headers()
 
     Requests.__name__, Requests.__qualname__ = handler_class.__name__, handler_class.__qualname__
     return lambda connection, address: Driven(connection, address, Requests)
 
 
-def wsgi(app):
-    """A maker of connections for a WSGI application, by the standard library's wsgiref.
-
-    One request for each connection.
-    """
+def wsgi(app: Callable) -> Callable:
+    """A maker of connections for a WSGI application: one request for each connection, by wsgiref."""
     from wsgiref.simple_server import ServerHandler, WSGIRequestHandler
 
     server = types.SimpleNamespace(
@@ -195,12 +193,12 @@ def wsgi(app):
 
 
 class Runtime:
-    """Serves connections from the channel with standing threads.
+    """Serves connections from the channel with threads that stay.
 
-    `connect(connection, address)` makes what steps through one.
+    `connect(connection, address)` makes a Whole or a Driven of one.
     """
 
-    def __init__(self, channel):
+    def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
         self.stopping = False
         self._lock = threading.Lock()
@@ -210,8 +208,8 @@ class Runtime:
         self._threads = self._waiting = 0
         self._all_busy, self._over = threading.Event(), threading.Event()
 
-    def run(self, connect):
-        """Serve until told to stop and all is served."""
+    def run(self, connect: Callable) -> None:
+        """Serve until stop() was called and every connection is done."""
         self._connect = connect
         self._epoll.register(self.channel, select.EPOLLIN | select.EPOLLONESHOT)
         while True:
@@ -222,14 +220,14 @@ class Runtime:
                     try:
                         threading.Thread(target=self._work, daemon=True).start()
                         self._threads += 1
-                    except RuntimeError:  # FAAS_PIDS is reached: those that there are go on
+                    except RuntimeError:  # FAAS_PIDS is reached: the others go on
                         if not self._threads:
                             raise
             if self._over.is_set():
                 return
             if not self._all_busy.wait(SWEEP_S):
-                self._close_idle(IDLE_S)
-            elif self._over.wait(HELD_UP_S):
+                self._close_idle(KEEPALIVE_IDLE_S)
+            elif self._over.wait(ALL_BUSY_S):
                 return
 
     def _work(self):
@@ -261,7 +259,7 @@ class Runtime:
         if kind == protocol.CONNECTION and fd is not None:
             connection = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=fd)
             number = protocol.number_of(message)
-            self._open[number] = None  # known before another thread can hear that this is the end
+            self._open[number] = None  # before another thread can receive STOP
             self._listen_on()
             with contextlib.suppress(OSError):  # the client may be gone
                 address = connection.getpeername()
@@ -276,8 +274,8 @@ class Runtime:
     def _listen_on(self):
         self._epoll.modify(self.channel, select.EPOLLIN | select.EPOLLONESHOT)
 
-    def stop(self, idle_s):
-        """Take no more; serve what is open; close what is still idle after idle_s seconds."""
+    def stop(self, idle_s: float) -> None:
+        """Finish the open requests. Close the connections that are idle after idle_s seconds."""
         self.stopping = True
         threading.Timer(idle_s, self._close_idle, (0,)).start()
         self._exit_when_done()
@@ -302,7 +300,7 @@ class Runtime:
         try:
             if self._open[number].step():
                 return self._park(number, new=fd is None)
-        except (ConnectionError, TimeoutError):  # the client went away, or was too slow for the function's own time-out
+        except (ConnectionError, TimeoutError):  # the client is gone, or too slow for the function's time-out
             pass
         except BaseException:
             report()
@@ -321,8 +319,8 @@ class Runtime:
             self._all_busy.set()
 
 
-def arrived(connection):
-    """True if a read would not block: the request is here, or the client is gone."""
+def arrived(connection: socket.socket) -> bool:
+    """True if a read would not block: a request has arrived, or the client is gone."""
     try:
         connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
@@ -331,11 +329,11 @@ def arrived(connection):
 
 
 class Processes:
-    """Serves a handler.py that fetches its connection from /control.sock: a process of its own for each connection."""
+    """Serves a handler.py that fetches the connection from /control.sock: one process for each connection."""
 
-    def __init__(self, channel):
+    def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
-        self._children = {}  # pid → numbers of the connections that are this process's
+        self._children = {}  # pid → numbers of the connections of this process
         self._fds = {}  # number → descriptor not yet fetched
         self._queue = []  # numbers for which no process runs yet
         self._stopping = False
@@ -349,8 +347,8 @@ class Processes:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wakes)
 
-    def run(self):
-        """Serve until told to stop; returns True in a child, which is to run the function, False at the end."""
+    def run(self) -> bool:
+        """Serve until the message STOP. Returns True in a child, which then runs the function, False at the end."""
         poll = select.poll()
         for fd in (self.channel, self._control, self._wake):
             poll.register(fd, select.POLLIN)
@@ -358,7 +356,7 @@ class Processes:
             while self._queue and len(self._children) < MOST_PROCESSES:
                 try:
                     pid = os.fork()
-                except BlockingIOError:  # FAAS_PIDS is reached: when one of them ends there is room
+                except BlockingIOError:  # FAAS_PIDS is reached: wait until a process ends
                     break
                 if pid == 0:
                     self._leave()
@@ -374,7 +372,7 @@ class Processes:
         return False
 
     def _leave(self):
-        """In the child: let go of everything that is the parent's."""
+        """In the child: close what belongs to the parent."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -392,7 +390,7 @@ class Processes:
             poll.unregister(self.channel)
 
     def _hand_out(self):
-        """A process asks: it gets the connection that it was started for, or the oldest that nobody fetched."""
+        """Answer a process that asks: with the connection that it was started for, or the oldest not yet fetched."""
         asking, _ = self._control.accept()
         with asking:
             (pid,) = struct.unpack_from('i', asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
@@ -413,7 +411,7 @@ class Processes:
                 if pid == 0:
                     break
                 for number in self._children.pop(pid, ()):
-                    if number in self._fds:  # it ended without fetching its connection
+                    if number in self._fds:  # the process ended without fetching its connection
                         with socket.socket(fileno=self._fds.pop(number)) as connection:
                             with contextlib.suppress(OSError):
                                 connection.send(protocol.BAD_GATEWAY, socket.MSG_DONTWAIT)
@@ -422,7 +420,7 @@ class Processes:
                         protocol.send_number(self.channel, protocol.DONE, number)
 
 
-def speaks_control(source, path):
+def speaks_control(source: bytes, path: str) -> bool:
     """True if the program has the string '/control.sock' in its syntax tree.
 
     A comment or a longer text does not count.
@@ -433,19 +431,16 @@ def speaks_control(source, path):
     )
 
 
-def load(path):
-    """The namespace of the file at `path`, after it ran once as the module `handler`."""
+def load(path: str) -> dict:
+    """The namespace of the file at `path`, after it was imported as the module `handler`."""
     spec = importlib.util.spec_from_file_location('handler', path)
     module = sys.modules['handler'] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return vars(module)
 
 
-def connections(namespace, runtime):
-    """(what it is called, maker of connections) for the first way to be served that the namespace offers.
-
-    Raises Unusable.
-    """
+def connections(namespace: dict, runtime: Runtime) -> tuple[str, Callable]:
+    """(name, maker of connections) for the first of the ways to serve that the namespace has. Raises Unusable."""
     http = sys.modules.get('http.server')
     if http:
         classes = [
@@ -468,10 +463,10 @@ def connections(namespace, runtime):
     raise Unusable(KINDS)
 
 
-def become_child_of_init():
-    """PID 1 stays behind to reap what is orphaned and to pass SIGTERM on; the runtime goes on as its child.
+def become_child_of_init() -> None:
+    """Fork: PID 1 reaps orphans and passes SIGTERM on, and the child returns from here as the runtime.
 
-    Were the runtime PID 1 itself, reaping orphans would steal the exit codes of the function's own subprocesses.
+    If the runtime were PID 1, reaping orphans would take the exit codes of the function's own subprocesses.
     """
     child = os.fork()
     if child == 0:
@@ -485,7 +480,7 @@ def become_child_of_init():
             os._exit(code if code >= 0 else 128 - code)
 
 
-def main():
+def main() -> int:
     channel = socket.socket(fileno=protocol.CHANNEL_FD)
     channel.set_inheritable(False)
     become_child_of_init()

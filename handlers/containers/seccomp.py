@@ -1,10 +1,11 @@
 """The seccomp filters of containers (linux.seccomp of the OCI runtime specification, 1.0.2)."""
 
 import platform
+from collections.abc import Iterator
 
-# A passed socket is of the host's network, and its ioctl requests 0x8900 to 0x89ff list and change interfaces. The
-# kernel compares 64 bits but the request is the low 32: MASKED_EQ looks at those alone. The rest is what containers are
-# commonly refused: ways to more kernel.
+# A passed socket belongs to the host's network namespace: its ioctl requests 0x8900 to 0x89ff list and change the
+# interfaces there. The kernel compares 64 bits, but the request has 32: MASKED_EQ compares only those. The system calls
+# in the list are refused in most containers, since they reach more of the kernel.
 # fmt: off
 REFUSED_SYSCALLS = (
     'acct', 'add_key', 'bpf', 'clock_adjtime', 'clock_settime', 'create_module', 'delete_module', 'finit_module',
@@ -19,12 +20,13 @@ REFUSED_SYSCALLS = (
 # fmt: on
 CLONE_NEW = 0x7E020000  # CLONE_NEWNS NEWCGROUP NEWUTS NEWIPC NEWUSER NEWPID NEWNET
 EPERM, ENOSYS, EAFNOSUPPORT = 1, 38, 97
-# The network namespace does not confine each family (AF_VSOCK leads to a hypervisor). The upper half of the register,
-# which the kernel ignores, is above the greatest good one.
+# A network namespace does not confine every address family (AF_VSOCK reaches the hypervisor). The kernel ignores the
+# upper 32 bits of the argument. A value that sets them is greater than AF_NETLINK, and so is refused, too.
 AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16
-# A program's listener is shared with the daemon, which steers connections between the instances of a function: that is
-# not theirs to do (SO_ATTACH_REUSEPORT_CBPF, its eBPF kind, SO_DETACH_REUSEPORT_BPF) nor to stop (SO_LOCK_FILTER). One
-# that is bound to an interface of the host comes before all others (SO_BINDTODEVICE, SO_BINDTOIFINDEX).
+# A program shares its listener with the daemon, which steers connections between the instances of a function. Instances
+# must not steer (SO_ATTACH_REUSEPORT_CBPF, SO_ATTACH_REUSEPORT_EBPF, SO_DETACH_REUSEPORT_BPF) or lock that
+# (SO_LOCK_FILTER). A listener that is bound to an interface of the host gets connections before all others
+# (SO_BINDTODEVICE, SO_BINDTOIFINDEX).
 SOL_SOCKET, REFUSED_OPTIONS = 1, (25, 44, 51, 52, 62, 68)
 REFUSED_FAMILIES = [
     ('SCMP_CMP_GT', AF_NETLINK),
@@ -32,12 +34,13 @@ REFUSED_FAMILIES = [
 ]
 
 
-def refuse(*names, errno=EPERM, args=(), **argument):
+def refuse(*names: str, errno: int = EPERM, args: list = (), **argument: object) -> dict:
+    """A rule that makes system calls fail, if the conditions `args` or the one in `argument` hold."""
     return _rule(names, args, argument) | {'action': 'SCMP_ACT_ERRNO', 'errnoRet': errno}
 
 
-# What Docker's default profile allows a container without capabilities (moby, profiles/seccomp), but for `clone`,
-# `ioctl`, `personality`, `setsockopt` and `socket`, whose arguments are looked at, and `listen`.
+# What Docker's default profile allows a container without capabilities (moby, profiles/seccomp). Not in the list are
+# `clone`, `ioctl`, `personality`, `setsockopt` and `socket`, whose arguments are checked below, and `listen`.
 ALLOWED_SYSCALLS = """
     _llseek _newselect accept accept4 access adjtimex alarm arch_prctl bind brk cacheflush cachestat capget capset
     chdir chmod chown chown32 chroot clock_adjtime64 clock_getres clock_getres_time64 clock_gettime clock_gettime64
@@ -78,23 +81,24 @@ ALLOWED_SYSCALLS = """
 PERSONALITIES = (0, 8, 0x20000, 0x20008, 0xFFFFFFFF)
 
 
-def allow(*names, args=(), **argument):
+def allow(*names: str, args: list = (), **argument: object) -> dict:
+    """A rule that allows system calls, if the conditions `args` or the one in `argument` hold."""
     return _rule(names, args, argument) | {'action': 'SCMP_ACT_ALLOW'}
 
 
 def _rule(names, args, argument):
-    """Of one condition, `argument`, or of several that hold at once."""
+    """A rule with one condition, `argument`, or with several that must all hold."""
     args = [argument] if argument else list(args)
     return {'names': names} | ({'args': args} if args else {})
 
 
-def masked(index, mask, value):
-    """The condition that argument `index` has `value` in the bits of `mask`."""
+def masked(index: int, mask: int, value: int) -> dict:
+    """The condition that argument `index` of the system call has `value` in the bits of `mask`."""
     return {'index': index, 'value': mask, 'valueTwo': value, 'op': 'SCMP_CMP_MASKED_EQ'}
 
 
-def all_but(index, numbers, bits=32, prefix=0):
-    """Conditions of which one holds when the low 32 bits of argument `index` are none of the numbers."""
+def all_but(index: int, numbers: list[int], bits: int = 32, prefix: int = 0) -> Iterator[dict]:
+    """Conditions. One of them holds if the low 32 bits of argument `index` are not one of the numbers."""
     if not any(number >> bits == prefix for number in numbers):
         yield masked(index, 0xFFFFFFFF >> bits << bits, prefix << bits)
     elif bits:
@@ -112,13 +116,13 @@ def _filter(action, rules, errno=None):
     }
 
 
-def notifying(profile, path, metadata):
-    """The filter with `listen` put before the listener at the unix socket `path`, which learns `metadata` with it."""
+def notifying(profile: dict, path: str, metadata: str) -> dict:
+    """The filter, but `listen` asks whoever listens at the unix socket `path`, and tells them `metadata`."""
     asked = {'names': ['listen'], 'action': 'SCMP_ACT_NOTIFY'}
     return profile | {'syscalls': [*profile['syscalls'], asked], 'listenerPath': path, 'listenerMetadata': metadata}
 
 
-# Of folders: what containers are commonly refused, and all else.
+# For folders: everything is allowed but what most containers are refused.
 FOLDER = _filter(
     'SCMP_ACT_ALLOW',
     [
@@ -129,12 +133,12 @@ FOLDER = _filter(
             refuse('setsockopt', args=[masked(1, 0xFFFFFFFF, SOL_SOCKET), masked(2, 0xFFFFFFFF, option)])
             for option in REFUSED_OPTIONS
         ),
-        refuse('clone3', errno=ENOSYS),  # its flags are behind a pointer; libc falls back to clone
+        refuse('clone3', errno=ENOSYS),  # a filter cannot see its flags; libc uses clone then
         refuse(*REFUSED_SYSCALLS),
     ],
 )
-# Of images: what Docker allows, and nothing else. An ioctl request outside 0x8900 to 0x89ff differs in one of the bits
-# 8 to 31: a rule for each.
+# For images: only what Docker allows. An ioctl request outside 0x8900 to 0x89ff differs from those in one of the bits 8
+# to 31: one rule for each bit.
 IMAGE = _filter(
     'SCMP_ACT_ERRNO',
     [
@@ -150,7 +154,7 @@ IMAGE = _filter(
             for option in all_but(2, REFUSED_OPTIONS)
         ),
         allow('clone', **masked(0, CLONE_NEW, 0)),
-        # Not PTRACE_TRACEME: of the first process it is the daemon that would become the tracer.
+        # Not PTRACE_TRACEME: the daemon, as the parent of the first process, would become the tracer.
         allow('ptrace', index=0, value=0, op='SCMP_CMP_NE'),
         *(allow('personality', **masked(0, 0xFFFFFFFF, value)) for value in PERSONALITIES),
         refuse('clone3', errno=ENOSYS),

@@ -1,4 +1,4 @@
-"""What strangers' archives say: tar in all its forms, gzip and zstd around it, docker's and OCI's images within it.
+"""Reads archives from strangers: every form of tar, packed with gzip or zstd, and docker's and OCI's images in them.
 
 Nothing here writes a file. Names are bytes, as in the archive.
 """
@@ -13,6 +13,7 @@ import re
 import struct
 import threading
 import zlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from host.errors import FaasError
@@ -29,6 +30,8 @@ HINT = 'send a folder, or an image as docker save, podman save or skopeo copy wr
 CPUS = {'x86_64': 'amd64', 'aarch64': 'arm64', 'armv7l': 'arm', 'armv6l': 'arm', 'i686': '386', 'i386': '386'}
 CPU = CPUS.get(platform.machine(), platform.machine())
 
+StartZstd = Callable[[], tuple[int, int, int]]  # the input, output and errors of a `zstd -dc` that was started
+
 
 class ImageError(FaasError):
     """The archive cannot become a function."""
@@ -36,8 +39,8 @@ class ImageError(FaasError):
     status = 400
 
 
-def show(name):
-    """A name from an archive for a line of text."""
+def show(name: bytes | str) -> str:
+    """A name from an archive, quoted and cut for a line of text."""
     name = os.fsdecode(name)
     return repr(name if len(name) <= 120 else f'{name[:60]}…{name[-59:]}')
 
@@ -52,7 +55,7 @@ class Section(NamedTuple):
     at: int
     size: int
 
-    def chunks(self):
+    def chunks(self) -> Iterator[bytes]:
         at, end = self.at, self.at + self.size
         while at < end:
             chunk = os.pread(self.fd, min(CHUNK, end - at), at)
@@ -61,16 +64,16 @@ class Section(NamedTuple):
             at += len(chunk)
             yield chunk
 
-    def packed(self):
+    def packed(self) -> str | None:
         """How it is compressed: 'gzip', 'zstd' or None."""
         head = os.pread(self.fd, min(4, self.size), self.at)
         return 'gzip' if head[:2] == b'\x1f\x8b' else 'zstd' if head == b'\x28\xb5\x2f\xfd' else None
 
 
 class Reader:
-    """Reads what an iterable of chunks, none of them empty, brings."""
+    """Reads an iterable of chunks. None of them may be empty."""
 
-    def __init__(self, chunks):
+    def __init__(self, chunks: Iterable[bytes]) -> None:
         self._chunks = iter(chunks)
         self._view = memoryview(b'')
         self.at = 0
@@ -88,20 +91,20 @@ class Reader:
             size -= len(piece)
             yield piece
 
-    def read(self, size):
+    def read(self, size: int) -> bytes:
         """The next `size` bytes, or those that are left."""
-        if size <= len(self._view):  # nearly always, and much quicker
+        if size <= len(self._view):  # nearly always, and much faster
             piece = bytes(self._view[:size])
             self._view = self._view[size:]
             self.at += size
             return piece
         return b''.join(self._pieces(size))
 
-    def skip(self, size):
-        """Pass over `size` bytes, or those that are left; how many."""
+    def skip(self, size: int) -> int:
+        """Pass over `size` bytes, or those that are left. Returns how many."""
         return sum(map(len, self._pieces(size)))
 
-    def copy(self, size, fd):
+    def copy(self, size: int, fd: int) -> None:
         """Write the next `size` bytes to `fd`. Raises ImageError when there are fewer."""
         for piece in self._pieces(size):
             size -= len(piece)
@@ -112,11 +115,11 @@ class Reader:
 
 
 class SectionReader(Reader):
-    """Reads a section: what is skipped is never read, and files that are not small are copied by the kernel."""
+    """Reads a section. Skipped bytes are never read; the kernel copies files that are not small."""
 
     SMALL, CHUNK = 1 << 14, 1 << 15
 
-    def __init__(self, section):
+    def __init__(self, section: Section) -> None:
         super().__init__(())
         self._section = section
 
@@ -125,13 +128,13 @@ class SectionReader(Reader):
         self._view = memoryview(os.pread(fd, min(self.CHUNK, size - self.at), start + self.at))
         return bool(self._view)
 
-    def skip(self, size):
+    def skip(self, size: int) -> int:
         size = min(size, self._section.size - self.at)
         self.at += size
         self._view = self._view[size:]
         return size
 
-    def copy(self, size, fd):
+    def copy(self, size: int, fd: int) -> None:
         if size > self.SMALL:
             at, end = self._section.at + self.at, self._section.at + min(self.at + size, self._section.size)
             while at < end:
@@ -144,19 +147,19 @@ class SectionReader(Reader):
 
 
 class Digest(threading.Thread):
-    """Computes the SHA-256 of chunks beside the caller's work."""
+    """Computes the SHA-256 of chunks in a thread."""
 
-    def __init__(self, chunks):
+    def __init__(self, chunks: Iterable[bytes]) -> None:
         super().__init__(daemon=True)
         self._chunks, self._hash = chunks, hashlib.sha256()
         self.start()
 
-    def run(self):
+    def run(self) -> None:
         for chunk in self._chunks:
             self._hash.update(chunk)
 
-    def hex(self):
-        """The 64 hex digits, when it has all chunks."""
+    def hex(self) -> str:
+        """Wait for the last chunk. Returns the 64 hex digits."""
         self.join()
         return self._hash.hexdigest()
 
@@ -164,27 +167,27 @@ class Digest(threading.Thread):
 class Tap:
     """Passes chunks on and computes their digest."""
 
-    def __init__(self, chunks):
+    def __init__(self, chunks: Iterable[bytes]) -> None:
         self._chunks, self._fed = chunks, queue.Queue(4)
         self._digest = Digest(iter(self._fed.get, None))
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[bytes]:
         for chunk in self._chunks:
             self._fed.put(chunk)
             yield chunk
         self._fed.put(None)
 
-    def hex(self):
-        """The 64 hex digits, when all chunks have been read."""
+    def hex(self) -> str:
+        """The 64 hex digits, after all chunks have been read."""
         return self._digest.hex()
 
 
-def unpacked(section, how, start_zstd):
-    """The chunks of what is in a section that is packed by 'gzip' or 'zstd'. Raises ImageError while it is read."""
+def unpacked(section: Section, how: str, start_zstd: StartZstd) -> Iterator[bytes]:
+    """The content of a section that is packed with 'gzip' or 'zstd', in chunks. Reading them raises ImageError."""
     return gunzip(section.chunks()) if how == 'gzip' else unzstd(section.chunks(), start_zstd)
 
 
-def gunzip(chunks):
+def gunzip(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """The content of gzip members, in chunks. Raises ImageError."""
     unpacker = zlib.decompressobj(31)
     try:
@@ -201,13 +204,13 @@ def gunzip(chunks):
         if data := unpacker.flush():
             yield data
     except zlib.error as error:
-        raise ImageError(f'its gzip data is damaged: {error}', 'send it again') from error
+        raise ImageError(f'the gzip data is damaged: {error}', 'send it again') from error
     if not unpacker.eof:
-        raise ImageError('its gzip data ends early', 'send it again')
+        raise ImageError('the gzip data ends early', 'send it again')
 
 
-def unzstd(chunks, start):
-    """The content of zstd frames, in chunks; start() → (input, output, errors) of a `zstd -dc`. Raises ImageError."""
+def unzstd(chunks: Iterable[bytes], start: StartZstd) -> Iterator[bytes]:
+    """The content of zstd frames, in chunks. Raises ImageError."""
     into, out, errors = start()
 
     def feed():
@@ -223,17 +226,19 @@ def unzstd(chunks, start):
             yield data
         if lines := complaints.read(4096).decode(errors='replace').split('\n')[0]:
             if 'not installed' in lines:
-                raise ImageError('it is packed by zstd, which this server lacks', 'on the server: install zstd')
+                raise ImageError(
+                    'the archive is packed with zstd, which is not installed here', 'on the server: install zstd'
+                )
             if 'premature end' in lines:
-                raise ImageError('its zstd data ends early', 'send it again')
-            raise ImageError(f'its zstd data is damaged: {lines!r}', 'send it again')
+                raise ImageError('the zstd data ends early', 'send it again')
+            raise ImageError(f'the zstd data is damaged: {lines!r}', 'send it again')
 
 
 # Tar (POSIX pax(1) and ustar, GNU tar's manual "Basic Tar Format")
 
 
 class Member(NamedTuple):
-    """One entry of a tar; kind is 'file', 'folder', 'symlink', 'link' (hard), 'fifo', 'device' or what it is called."""
+    """One entry of a tar. kind is 'file', 'folder', 'symlink', 'link' (hard), 'fifo', 'device' or another word."""
 
     name: bytes
     kind: str
@@ -260,7 +265,7 @@ ZEROS = bytes(BLOCK)
 MOST_SECONDS = 1 << 33  # of an mtime; what a filesystem does with more differs
 
 
-def number(field):
+def number(field: bytes) -> int:
     """A number of a tar header: octal digits, or GNU's base 256. Raises ValueError."""
     if field[0] & 0x80:
         value = int.from_bytes(field, 'big') & ((1 << (8 * len(field) - 1)) - 1)
@@ -268,15 +273,15 @@ def number(field):
     return int(field.rstrip(b' \0') or b'0', 8)
 
 
-def members(reader):
-    """Each Member of the tar, whose data may be read before the next one is asked for. Raises ImageError.
+def members(reader: Reader) -> Iterator[Member]:
+    """Each Member of the tar. Its data may be read before the next one is asked for. Raises ImageError.
 
-    A last member without padding and a missing end mark are fine: umoci writes such.
+    The last member may lack padding, and the tar its end mark: umoci writes such tars.
     """
     common, own, first = {}, {}, True
     while block := reader.read(BLOCK):
         if len(block) < BLOCK and (first or block.strip(b'\0')):
-            raise ImageError(*(('it is no tar archive', HINT) if first else ('the archive is cut', 'send it again')))
+            raise ImageError(*(('it is not a tar archive', HINT) if first else ('the archive is cut', 'send it again')))
         if not block[0] and not block.strip(b'\0'):
             return
         try:
@@ -287,7 +292,7 @@ def members(reader):
             mtime_ns *= 1_000_000_000
         except ValueError as error:
             if first:
-                raise ImageError('it is no tar archive', HINT) from error
+                raise ImageError('it is not a tar archive', HINT) from error
             raise ImageError(f'the archive is damaged at byte {reader.at - BLOCK}', 'send it again') from error
         first = False
         name, link = name.split(b'\0', 1)[0], link.split(b'\0', 1)[0]
@@ -324,17 +329,17 @@ def members(reader):
             raise ImageError(f'the archive ends in the middle of {show(name)}', 'send it again')
         pad(reader, size)
     if first:
-        raise ImageError('it is no tar archive', HINT)
+        raise ImageError('it is not a tar archive', HINT)
 
 
-def pad(reader, size):
-    """Pass over what fills the last block: all of it, or nothing at the very end."""
+def pad(reader: Reader, size: int) -> None:
+    """Skip what fills the last block of `size` bytes. Only at the end of the archive it may be missing."""
     if reader.skip(-size % BLOCK) not in (0, -size % BLOCK):
         raise ImageError('the archive is cut', 'send it again')
 
 
-def extra(reader, size):
-    """What stands before a member that has more to say than a header holds."""
+def extra(reader: Reader, size: int) -> bytes:
+    """The data of an entry that adds to the header of the next member."""
     if not 0 <= size <= MOST_HEADER:
         raise ImageError(f'the archive has a header of {size} bytes')
     data = reader.read(size)
@@ -344,8 +349,8 @@ def extra(reader, size):
     return data
 
 
-def records(data):
-    """What pax records say of path, linkpath, size, uid, gid and mtime (in ns), and whether of sparse files."""
+def records(data: bytes) -> dict:
+    """Of pax records: path, linkpath, size, uid, gid, mtime (in ns), and True under 'sparse' for a sparse file."""
     said = {}
     try:
         while data:
@@ -365,12 +370,12 @@ def records(data):
             elif key.startswith(b'GNU.sparse.'):
                 said[b'sparse'] = True
     except ValueError as error:
-        raise ImageError('the archive has pax records that are none', 'send it again') from error
+        raise ImageError('the archive has malformed pax records', 'send it again') from error
     return said
 
 
-def parts(name, why='leads out of the image'):
-    """The folders and the name of a path, `.` and `..` resolved by its text. Raises ImageError above the root."""
+def parts(name: bytes, why: str = 'leads out of the image') -> list[bytes]:
+    """The parts of a path, after `.` and `..` are resolved in the text. Raises ImageError for one above the root."""
     found = []
     for part in name.split(b'/'):
         if part == b'..':
@@ -386,26 +391,26 @@ def parts(name, why='leads out of the image'):
 
 
 class Archive:
-    """Where the members of a tar are, in a file that is open as `fd`."""
+    """An index of the members of a tar, in a file that is open as `fd` (borrowed)."""
 
-    def __init__(self, fd):
+    def __init__(self, fd: int) -> None:
         self.whole = Section(fd, 0, os.fstat(fd).st_size)
         self._members = {}
         reader = SectionReader(self.whole)
         for count, member in enumerate(members(reader)):
             if count >= MOST_MEMBERS:
                 raise ImageError(f'more than {MOST_MEMBERS} files and folders', 'leave out what it does not need')
-            with contextlib.suppress(ImageError):  # said when it is unpacked, and an image has no use for it
+            with contextlib.suppress(ImageError):  # an image does not need it, and unpacking a folder refuses it
                 self._members[b'/'.join(parts(member.name))] = member, Section(fd, reader.at, member.size)
 
-    def __contains__(self, name):
+    def __contains__(self, name: str) -> bool:
         return name.encode() in self._members
 
-    def is_image(self):
+    def is_image(self) -> bool:
         return 'manifest.json' in self or ('oci-layout' in self and 'index.json' in self)
 
-    def section(self, name, what):
-        """The content of the file `name`, which may be a link to another. Raises ImageError when it is not there."""
+    def section(self, name: str, what: str) -> Section:
+        """The content of the file `name`, which may be a link to another. Raises ImageError when it is missing."""
         path = os.fsencode(name)
         for _ in range(MOST_NESTED):
             member, section = self._members.get(path, (None, None))
@@ -421,8 +426,8 @@ class Archive:
                 break
         raise ImageError(f'{what} is not in the archive: {show(name)} is missing', 'save the image again')
 
-    def json(self, name, what, digest=None, size=None):
-        """The object or list in the file `name`, whose digest and size are checked. Raises ImageError."""
+    def json(self, name: str, what: str, digest: str | None = None, size: int | None = None) -> object:
+        """What the JSON file `name` holds, after a check of digest and size. Raises ImageError."""
         section = self.section(name, what)
         if size is not None and section.size != size:
             raise ImageError(f'{what} has {section.size} bytes, not {size}', 'save the image again')
@@ -438,48 +443,49 @@ class Archive:
 
 
 class Layer(NamedTuple):
-    """A layer in an archive: the digest of what it unpacks to, of its blob as it is (or None), and where that is."""
+    """A layer in an archive: the digest of the unpacked content, that of the blob (or None), and where the blob is."""
 
     diff_id: str
     blob: str | None
     section: Section
 
 
-def find_image(archive, reference=None):
+def find_image(archive: Archive, reference: str | None = None) -> tuple[dict, list[Layer]]:
     """(config, [Layer, …] from the bottom) of the image of that name, or of the only one. Raises ImageError."""
     find = docker_image if 'manifest.json' in archive else oci_image
     config, blobs = find(archive, reference)
-    check_platform(of(config, dict, 'its config'))
+    check_platform(of(config, dict, 'the config'))
     if len(blobs) > MOST_LAYERS:
         raise ImageError(f'the image has {len(blobs)} layers, more than {MOST_LAYERS}', 'build it with fewer steps')
-    rootfs = of(config.get('rootfs'), dict, "its config's rootfs")
-    ids = [hex_of(each, "its config's diff_ids") for each in of(rootfs.get('diff_ids') or [], list, 'its diff_ids')]
+    rootfs = of(config.get('rootfs'), dict, "the config's rootfs")
+    what = "the config's diff_ids"
+    ids = [hex_of(each, what) for each in of(rootfs.get('diff_ids') or [], list, what)]
     if not blobs:
         raise ImageError('the image has no layers')
     if len(ids) != len(blobs):
         raise ImageError(
-            f'the image has {len(blobs)} layers, its config names {len(ids)}: one is missing or foreign',
+            f'the image has {len(blobs)} layers, the config names {len(ids)}: one is missing or foreign',
             'save the image again',
         )
     return config, [Layer(diff_id, blob, section) for diff_id, (blob, section) in zip(ids, blobs, strict=True)]
 
 
-def of(value, kind, what):
-    """`value`, if it is of that kind. Raises ImageError."""
+def of(value: object, kind: type, what: str) -> object:
+    """`value`, if it is of that type. Raises ImageError, which calls it `what`."""
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        names = {dict: 'object', list: 'list', str: 'text', int: 'number'}
-        raise ImageError(f'{what}: that is no {names[kind]}', 'save the image again')
+        names = {dict: 'an object', list: 'a list', str: 'a text', int: 'a number'}
+        raise ImageError(f'{what} is not {names[kind]}', 'save the image again')
     return value
 
 
-def hex_of(digest, what):
+def hex_of(digest: object, what: str) -> str:
     """The hex digits of a digest. Raises ImageError."""
     if not re.fullmatch(r'sha256:[0-9a-f]{64}', of(digest, str, what)):
-        raise ImageError(f'{what}: {show(digest)} is no SHA-256 digest', 'save the image again')
+        raise ImageError(f'{what}: {show(digest)} is not a SHA-256 digest', 'save the image again')
     return digest.removeprefix('sha256:')
 
 
-def check_platform(config):
+def check_platform(config: dict) -> None:
     """Raise ImageError unless the image is for this kind of machine."""
     system, cpu = config.get('os') or 'linux', config.get('architecture') or CPU
     if system != 'linux':
@@ -489,8 +495,8 @@ def check_platform(config):
         raise ImageError(f'the image is for {cpu}, this server is {CPU}', f'build it with --platform linux/{CPU}')
 
 
-def choose(images, reference):
-    """The one of [(names, image), …] that is called `reference`, or the only one. Raises ImageError."""
+def choose(images: list[tuple[list[str], object]], reference: str | None) -> object:
+    """The image of [(names, image), …] that has the name `reference`, or the only one. Raises ImageError."""
     found = [image for names, image in images if reference is None or same_name(names, reference)]
     if len(found) == 1:
         return found[0]
@@ -502,7 +508,9 @@ def choose(images, reference):
     raise ImageError(f'the archive holds {len(images)} images: {listed}', 'say which: --image REF')
 
 
-def same_name(names, reference):
+def same_name(names: list[str], reference: str) -> bool:
+    """True if one of the names means `reference`, with or without the default registry and tag."""
+
     def plain(name):
         for prefix in ('docker.io/', 'library/', 'localhost/'):
             name = name.removeprefix(prefix)
@@ -511,7 +519,8 @@ def same_name(names, reference):
     return any(plain(name) == plain(reference) for name in names)
 
 
-def docker_image(archive, reference):
+def docker_image(archive: Archive, reference: str | None) -> tuple[dict, list[tuple[str | None, Section]]]:
+    """(config, [(blob digest or None, Section), …]) of an image that `docker save` wrote. Raises ImageError."""
     images = []
     for entry in of(archive.json('manifest.json', 'manifest.json'), list, 'manifest.json'):
         config = of(of(entry, dict, 'manifest.json').get('Config'), str, "manifest.json's Config")
@@ -519,12 +528,13 @@ def docker_image(archive, reference):
         images.append((names or [f'sha256:{os.path.basename(config)[:12]}'], entry))
     entry = choose(images, reference)
     named = re.fullmatch(r'(?:([0-9a-f]{64})\.json|blobs/sha256/([0-9a-f]{64}))', entry['Config'])
-    config = archive.json(entry['Config'], 'its config', digest=named and (named[1] or named[2]))
+    config = archive.json(entry['Config'], 'the config', digest=named and (named[1] or named[2]))
     names = [of(each, str, 'Layers') for each in of(entry.get('Layers') or [], list, 'Layers')]
     return config, [(None, archive.section(name, f'layer {at + 1}')) for at, name in enumerate(names)]
 
 
-def oci_image(archive, reference):
+def oci_image(archive: Archive, reference: str | None) -> tuple[dict, list[tuple[str | None, Section]]]:
+    """(config, [(blob digest, Section), …]) of an image in an OCI image layout. Raises ImageError."""
     groups = {}  # (names, or what else tells images apart) → manifests for several platforms
     index = of(archive.json('index.json', 'index.json'), dict, 'index.json')
     for names, descriptor in manifests(archive, index):
@@ -541,10 +551,10 @@ def oci_image(archive, reference):
     if descriptor is None:
         cpus = ', '.join(sorted({show(str(each['platform'].get('architecture')))[1:-1] for each in group}))
         raise ImageError(f'the image is for {cpus}, this server is {CPU}', f'build it with --platform linux/{CPU}')
-    manifest = of(blob_json(archive, descriptor, 'its manifest'), dict, 'its manifest')
-    config = blob_json(archive, of(manifest.get('config'), dict, "its manifest's config"), 'its config')
+    manifest = of(blob_json(archive, descriptor, 'the manifest'), dict, 'the manifest')
+    config = blob_json(archive, of(manifest.get('config'), dict, "the manifest's config"), 'the config')
     layers = []
-    for at, layer in enumerate(of(manifest.get('layers') or [], list, "its manifest's layers")):
+    for at, layer in enumerate(of(manifest.get('layers') or [], list, "the manifest's layers")):
         what = f'layer {at + 1}'
         digest = hex_of(of(layer, dict, what).get('digest'), what)
         name = f'blobs/sha256/{digest}'
@@ -557,31 +567,33 @@ def oci_image(archive, reference):
     return config, layers
 
 
-def blob_json(archive, descriptor, what):
+def blob_json(archive: Archive, descriptor: dict, what: str) -> object:
+    """What the JSON blob of a descriptor holds. Raises ImageError."""
     digest = hex_of(descriptor.get('digest'), what)
     size = of(descriptor.get('size'), int, f"{what}'s size")
     return archive.json(f'blobs/sha256/{digest}', what, digest, size)
 
 
-def fits(descriptor):
+def fits(descriptor: dict) -> bool:
+    """True if the manifest is for this kind of machine, or for any."""
     platform_ = descriptor.get('platform')
     return not platform_ or (platform_.get('os'), platform_.get('architecture')) == ('linux', CPU)
 
 
-def manifests(archive, index, names=(), nested=0):
+def manifests(archive: Archive, index: dict, names: tuple = (), nested: int = 0) -> Iterator[tuple[tuple, dict]]:
     """(names, descriptor) of each image's manifest for a platform, in an index and the indexes in it."""
     if nested > MOST_NESTED:
         raise ImageError(f'more than {MOST_NESTED} indexes in each other')
-    for descriptor in of(index.get('manifests') or [], list, 'its index'):
-        annotations = of(of(descriptor, dict, 'its index').get('annotations') or {}, dict, 'annotations')
+    for descriptor in of(index.get('manifests') or [], list, 'the index'):
+        annotations = of(of(descriptor, dict, 'the index').get('annotations') or {}, dict, 'annotations')
         platform_ = of(descriptor.get('platform') or {}, dict, 'platform')
         if platform_.get('architecture') == 'unknown' or 'vnd.docker.reference.type' in annotations:
             continue  # an attestation
         keys = ('io.containerd.image.name', 'org.opencontainers.image.ref.name')
         said = tuple(of(annotations[key], str, key) for key in keys if key in annotations)
         if 'index' in str(descriptor.get('mediaType')) or 'manifest.list' in str(descriptor.get('mediaType')):
-            inner = of(blob_json(archive, descriptor, 'its index'), dict, 'its index')
-            digest = hex_of(descriptor.get('digest'), 'its index')
+            inner = of(blob_json(archive, descriptor, 'the index'), dict, 'the index')
+            digest = hex_of(descriptor.get('digest'), 'the index')
             yield from manifests(archive, inner, names or said or (f'sha256:{digest[:12]}',), nested + 1)
         else:
             yield names or said, descriptor

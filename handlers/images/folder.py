@@ -1,4 +1,4 @@
-"""A function's folder: unpacked from a tar, and how its faas.toml, Procfile or handler.py say that it is started."""
+"""The folder of a function: unpacks it from a tar, and reads from faas.toml, Procfile or handler.py how it starts."""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ import py_compile
 import re
 import shlex
 import tomllib
+from collections.abc import Callable
 
 from handlers.images import archive
 from handlers.images.archive import ImageError, show
@@ -15,8 +16,8 @@ FOLDER_ENTRIES, FOLDER_DEPTH = 20_000, 32
 MOST_SETTINGS = 64 << 10  # bytes of a faas.toml or a Procfile
 
 
-def inside(path, name):
-    """Raise ImageError unless `path` stays in the folder by its text alone."""
+def check_inside(path: str, name: str) -> None:
+    """Raise ImageError unless the text of `path` stays in the folder."""
     found = os.path.normpath(path).split('/')
     if os.path.isabs(path) or found[0] == '..' or len(found) > FOLDER_DEPTH or '\0' in path:
         raise ImageError(f'{show(name)} leads out of the folder, or too deep into it', FOLDER_HINT)
@@ -31,15 +32,15 @@ ALMOST = {  # what a folder without an entry has instead, and what it needs then
 }
 
 
-def fill_folder(reader):
-    """Unpack a tar of files, folders and links that stay inside into the current folder. Raises ImageError."""
+def fill_folder(reader: archive.Reader) -> None:
+    """Unpack a tar into the current folder: files, folders, and links that stay inside. Raises ImageError."""
     made = set()
     for member in archive.members(reader):
         given = os.fsdecode(member.name)
         name = os.path.normpath(given)
         if name == '.' and member.kind == 'folder':
             continue
-        inside(given, given)
+        check_inside(given, given)
         made.update((name, *map(str, pathlib.PurePath(name).parents)))
         if len(made) > FOLDER_ENTRIES:
             raise ImageError(f'more than {FOLDER_ENTRIES} files and folders', FOLDER_HINT)
@@ -49,9 +50,10 @@ def fill_folder(reader):
             raise ImageError(f'{show(given)} exists already', FOLDER_HINT) from error
 
 
-def put_in_folder(name, member, reader):
+def put_in_folder(name: str, member: archive.Member, reader: archive.Reader) -> None:
+    """Make one member of the tar as `name`. Raises ImageError, FileExistsError."""
     folder = os.path.dirname(name)
-    if os.path.realpath(folder) != os.path.join('/', folder):  # or it might lie deeper than it says
+    if os.path.realpath(folder) != os.path.join('/', folder):  # else it may be deeper than the limit
         raise ImageError(f'{show(name)} goes through a link', FOLDER_HINT)
     os.makedirs(folder or '.', mode=0o755, exist_ok=True)
     if member.kind == 'folder':
@@ -60,7 +62,7 @@ def put_in_folder(name, member, reader):
         link = os.fsdecode(member.link)
         if os.path.isabs(link):
             raise ImageError(f'{show(name)} links to {show(link)}, out of the folder', FOLDER_HINT)
-        inside(os.path.join(folder, link), name)
+        check_inside(os.path.join(folder, link), name)
         os.symlink(link, name)
     elif member.kind == 'file':
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o755 if member.mode & 0o111 else 0o644)
@@ -72,13 +74,13 @@ def put_in_folder(name, member, reader):
         raise ImageError(f'{show(name)} is neither file, folder nor symbolic link', FOLDER_HINT)
 
 
-def precompile():
-    """Compile what is Python here; the container sees it at /function, which tracebacks show."""
+def precompile() -> None:
+    """Compile the Python files here. Tracebacks show /function, where the container sees the files."""
     for where, _, names in os.walk('.'):
         for name in names:
             if name.endswith('.py'):
                 path = os.path.join(where, name)
-                with contextlib.suppress(Exception):  # said better when it is run
+                with contextlib.suppress(Exception):  # running it reports the error better
                     py_compile.compile(
                         path,
                         dfile=os.path.join('/function', os.path.relpath(path)),
@@ -87,20 +89,23 @@ def precompile():
                     )
 
 
-def do_folder(section, name, meter):
-    """Unpack a folder as `name` here and read its settings. Returns its spec. Raises ImageError."""
+def do_folder(section: archive.Section, name: str, count: Callable[[int], None]) -> dict:
+    """Unpack a folder as `name` here and read its settings. Returns the fields of its spec. Raises ImageError.
+
+    count() is told how many bytes that are, and raises ImageError when they are too many.
+    """
     os.mkdir(name, 0o755)
     os.chroot(name)
     os.chdir('/')
     os.umask(0o022)
-    meter.bytes(section.size)
+    count(section.size)
     fill_folder(archive.SectionReader(section))
     spec = folder_spec()
     precompile()
     return spec
 
 
-SETTINGS = {  # of a faas.toml: what a value must be
+SETTINGS = {  # a setting of faas.toml → what a value must be
     'command': 'a text or a list of texts',
     'port': 'a number from 1 to 65535',
     'start_timeout': 'a number of seconds from 0.1 to 3600',
@@ -109,8 +114,8 @@ SETTINGS = {  # of a faas.toml: what a value must be
 }
 
 
-def folder_spec():
-    """How the function in the current folder is started, as specs.Spec has it. Raises ImageError."""
+def folder_spec() -> dict:
+    """The fields of a spec.Spec, for the function in the current folder. Raises ImageError."""
     settings = faas_toml()
     command = settings.pop('command', None) or procfile()
     if command is None and not os.path.isfile('handler.py'):
@@ -131,11 +136,11 @@ def folder_spec():
     }
 
 
-def read_settings(name):
-    """The text of a small file here, or None. Raises ImageError."""
+def read_settings(name: str) -> str | None:
+    """The text of a small file here, or None if there is none. Raises ImageError."""
     if not os.path.isfile(name):
         if os.path.lexists(name):
-            raise ImageError(f'{name} is no file')
+            raise ImageError(f'{name} is not a file')
         return None
     with open(name, 'rb') as file:
         data = file.read(MOST_SETTINGS + 1)
@@ -147,8 +152,8 @@ def read_settings(name):
         raise ImageError(f'{name} is not UTF-8 text') from error
 
 
-def faas_toml():
-    """The checked settings of faas.toml, {} without one; its command is a list. Raises ImageError."""
+def faas_toml() -> dict:
+    """The checked settings of faas.toml, {} without one. The command is a list. Raises ImageError."""
     text = read_settings('faas.toml')
     try:
         settings = tomllib.loads(text or '')
@@ -168,10 +173,10 @@ def faas_toml():
     return settings
 
 
-def suits(key, value):
-    """Whether `value` is one for that setting of a faas.toml."""
+def suits(key: str, value: object) -> bool:
+    """True if that setting of faas.toml may have the value."""
     if key == 'command':
-        return isinstance(value, list) and value and all(map(is_text, value)) and value[0]
+        return isinstance(value, list) and bool(value and all(map(is_text, value)) and value[0])
     if key == 'env':
         return isinstance(value, dict) and all(
             re.fullmatch('[A-Za-z_][A-Za-z0-9_]*', name) and is_text(text) for name, text in value.items()
@@ -182,23 +187,23 @@ def suits(key, value):
     return least <= value <= most
 
 
-def is_text(value):
+def is_text(value: object) -> bool:
     return isinstance(value, str) and '\0' not in value
 
 
-def split(line, what):
+def split(line: str, what: str) -> list[str]:
     """The words of a command line. Raises ImageError."""
     try:
         words = shlex.split(line)
     except ValueError as error:
         raise ImageError(f'{what}: {error}') from error
     if not words or not words[0] or '\0' in line:
-        raise ImageError(f'{what} is no command')
+        raise ImageError(f'{what} is not a command')
     return words
 
 
-def procfile():
-    """The command of the only line of a Procfile, None without one. Raises ImageError."""
+def procfile() -> list[str] | None:
+    """The command in the only line of a Procfile, None without one. Raises ImageError."""
     text = read_settings('Procfile')
     if text is None:
         return None

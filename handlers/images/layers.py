@@ -5,82 +5,97 @@ import contextlib
 import itertools
 import os
 import threading
+from collections.abc import Callable, Iterable
 
 from handlers.images.spec import is_hex
 from host import files, process
+from host.errors import FaasError
 
 
-def remove_tree(path):
-    """Remove a folder that strangers filled, if it is there: through links it may be deeper than Python can recurse."""
+def remove_tree(path: str) -> None:
+    """Remove a folder that strangers filled, if it exists. Renames may make it deeper than Python can recurse."""
     with contextlib.suppress(process.CommandError):
         process.run(['rm', '-rf', '--', path], timeout_s=300)
 
 
 class Layers:
-    """The layers that images share, in `folder`, each under the hex digits of its diff_id. Safe for threads.
+    """The layers that images share, in `folder`, each named by the hex digits of its diff_id. Safe for threads.
 
-    The folder is on the filesystem of the revisions, and one daemon's.
+    The folder is on the file system of the revisions, and belongs to one daemon.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str) -> None:
         self.folder = folder
         self._lock, self._pins = threading.Lock(), collections.Counter()
         self._numbers = itertools.count()
 
-    def prepare(self):
-        """Make the folder, and remove what a killed run left half done. Raises OSError."""
+    def prepare(self) -> None:
+        """Make the folder, and remove what a killed run left unfinished. Raises OSError."""
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
         for name in os.listdir(self.folder):
             if name.startswith('.'):
                 remove_tree(os.path.join(self.folder, name))
 
-    def id_base(self, wanted):
-        """The first of the ids that own the files of layers: `wanted`, unless layers are there that have others."""
-        path = os.path.join(self.folder, 'id_base')
-        if not self.present():
-            files.write_file(path, f'{wanted}\n', 0o600)
-        with open(path) as file:
-            return int(file.read())
+    def id_base(self, wanted: int) -> int:
+        """The first of the ids that own the files of layers: `wanted`, unless stored layers have others.
 
-    def path(self, digits):
+        Writes only where that changes: a start on a full disk has no room. Raises OSError, FaasError.
+        """
+        path = os.path.join(self.folder, 'id_base')
+        try:
+            with open(path) as file:
+                text = file.read()
+        except FileNotFoundError:
+            text = ''
+        if text != f'{wanted}\n' and not self.present():
+            files.write_file(path, f'{wanted}\n', 0o600)
+            return wanted
+        if not text.strip().isdecimal():
+            raise FaasError(
+                f'{path} does not say which ids own the files of the layers',
+                "write the first one there: 'stat -c %u' of a layer shows it",
+            )
+        return int(text)
+
+    def path(self, digits: str) -> str:
         return os.path.join(self.folder, digits)
 
-    def present(self):
-        """The set of those that are stored."""
+    def present(self) -> set[str]:
+        """The digits of those that are stored."""
         try:
             return set(filter(is_hex, os.listdir(self.folder)))
         except FileNotFoundError:
             return set()
 
-    def collect(self, wanted):
-        """Remove what is not in wanted() and not needed by a Staging under way."""
-        with self._lock:  # what a Staging lets go of while this looks around is named by then
+    def collect(self, wanted: Callable[[], set[str]]) -> None:
+        """Remove what is not in wanted() and is not pinned by a Staging."""
+        with self._lock:  # a Staging names its layers in a spec before it unpins them
             gone, present = [], self.present()
-            for digits in present - wanted() if present else ():  # wanted() reads the spec of every function
+            for digits in present - wanted() if present else ():  # wanted() reads every function's spec
                 if not self._pins[digits]:
                     gone.append(self.path(f'.{digits}.{next(self._numbers)}'))
-                    os.rename(self.path(digits), gone[-1])  # whole or not at all, however we end
+                    os.rename(self.path(digits), gone[-1])  # so that a kill leaves no half of a layer under its name
         for path in gone:
             remove_tree(path)
 
-    def pin_present(self):
-        """Keep those that are stored from being collected; the set, for unpin()."""
+    def pin_present(self) -> set[str]:
+        """Keep those that are stored from being collected. Returns them, for unpin()."""
         with self._lock:
             pinned = self.present()
             self._pins.update(pinned)
             return pinned
 
-    def pin(self, wanted):
+    def pin(self, wanted: Iterable[str]) -> None:
         with self._lock:
             self._pins.update(wanted)
 
-    def unpin(self, pinned):
+    def unpin(self, pinned: Iterable[str]) -> None:
         with self._lock:
             self._pins.subtract(pinned)
             self._pins = +self._pins  # without those at 0
 
-    def add(self, digits, folder):
-        """Move a finished layer here, unless somebody else was quicker."""
+    def add(self, digits: str, folder: str) -> None:
+        """Move a finished layer here, unless another Staging has stored the same meanwhile."""
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
         with self._lock:
             if not os.path.lexists(self.path(digits)):

@@ -1,22 +1,23 @@
-"""How a revision is started: what a folder or an image says of itself, checked."""
+"""How a revision is started: what its folder or image asks for, checked."""
 
 import json
 import os
 import re
 import signal
+from collections.abc import Callable
 from typing import NamedTuple
 
 from handlers.images.archive import MOST_LAYERS
 
 NOBODY = 65534
-DEFAULT_PORT = 80  # what $PORT says, unless the image or its EXPOSE knows better
+DEFAULT_PORT = 80  # the value of $PORT, unless the ENV or EXPOSE of the image has another
 
 
 class Spec(NamedTuple):
     """How a revision is started.
 
-    kind is 'handler' (a handler.py), 'command' (args in a folder) or 'image' (args over `layers`, hex digests from the
-    bottom). user is '' for root, else as the image has it. ports are those of TCP that it says it serves.
+    kind is 'handler' (a handler.py), 'command' (args in a folder) or 'image' (args in `layers`: hex digests, the bottom
+    one first). user is '' for root, else as the image has it. ports are the TCP ports that it says it serves.
     """
 
     kind: str
@@ -30,22 +31,22 @@ class Spec(NamedTuple):
     start_timeout_s: float | None = None
     concurrency: int | None = None
 
-    def to_json(self):
+    def to_json(self) -> str:
         return json.dumps(self._asdict(), indent=1) + '\n'
 
     @classmethod
-    def from_json(cls, text):
-        """The Spec in a text. Raises ValueError unless every field is as it must be."""
+    def from_json(cls, text: str) -> 'Spec':
+        """The Spec in a JSON text. Raises ValueError unless every field is valid."""
         try:
             return cls.checked(json.loads(text))
         except RecursionError as error:
-            raise ValueError('the spec is nested too deep') from error
+            raise ValueError('the spec is nested too deeply') from error
 
     @classmethod
-    def checked(cls, said):
-        """The Spec that a dict from JSON describes. Raises ValueError."""
+    def checked(cls, said: object) -> 'Spec':
+        """The Spec from the object that JSON had. Raises ValueError."""
         if not isinstance(said, dict) or said.keys() - set(cls._fields):
-            raise ValueError('the spec is not made of its fields')
+            raise ValueError('the spec is not an object of its fields')
         said = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
         spec = cls(**{'kind': None, **said})
         texts = (*(spec.args if isinstance(spec.args, tuple) else ()), spec.cwd, spec.user)
@@ -62,53 +63,56 @@ class Spec(NamedTuple):
             ('concurrency', spec.concurrency is None or is_int(spec.concurrency, 1, 100_000)),
         ):
             if not right:
-                raise ValueError(f"the spec's {name} is not as it must be")
+                raise ValueError(f"the spec's {name} is not valid")
         if (spec.kind != 'handler' and not (spec.args and spec.args[0])) or (spec.kind == 'image') != bool(spec.layers):
-            raise ValueError(f'the spec is not one of kind {spec.kind}')
+            raise ValueError(f'the spec does not have what the kind {spec.kind} needs')
         return spec
 
 
-def is_text(value):
-    """Whether it is text that a process can be given."""
+def is_text(value: object) -> bool:
+    """True if it is a text that can be an argument of a process."""
     try:
         return isinstance(value, str) and '\0' not in value and os.fsencode(value) is not None
     except UnicodeEncodeError:
         return False
 
 
-def is_tuple(value, each):
+def is_tuple(value: object, each: Callable[[object], bool]) -> bool:
     return isinstance(value, tuple) and all(map(each, value))
 
 
-def is_int(value, least, most):
+def is_int(value: object, least: int, most: int) -> bool:
     return type(value) is int and least <= value <= most
 
 
-def is_number(value, least, most):
+def is_number(value: object, least: float, most: float) -> bool:
     return type(value) in (int, float) and least <= value <= most
 
 
-def is_hex(value):
+def is_hex(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch('[0-9a-f]{64}', value) is not None
 
 
-def is_signal(name):
+def is_signal(name: str) -> bool:
     try:
         return signal_number(name) > 0
     except ValueError:
         return False
 
 
-def signal_number(name):
-    """The number of a Spec's stop_signal, such as SIGQUIT or SIGRTMIN+3. Raises ValueError."""
+def signal_number(name: str) -> int:
+    """The number of a stop_signal, such as SIGQUIT or SIGRTMIN+3. Raises ValueError."""
     found = re.fullmatch(r'(SIG[A-Z0-9]+)([+-][0-9]{1,2})?', name)
     if not found or found[1] not in signal.Signals.__members__:
         raise ValueError(f'there is no signal {name!r}')
     return signal.Signals[found[1]] + int(found[2] or 0)
 
 
-def read_spec(folder):
-    """The Spec of a revision's folder; without one it is a handler.py's, of an older version. Raises ValueError."""
+def read_spec(folder: str) -> Spec:
+    """The Spec of a revision's folder. A folder without spec.json is a handler.py of an older faasd.
+
+    Raises ValueError, OSError.
+    """
     try:
         with open(os.path.join(folder, 'spec.json')) as file:
             return Spec.from_json(file.read())
@@ -117,15 +121,15 @@ def read_spec(folder):
         return Spec('handler')
 
 
-def tree(folder):
-    """Where a revision's files are, of a revision that is no image."""
+def tree(folder: str) -> str:
+    """Where the files of a revision are that is not an image."""
     return os.path.join(folder, 'tree') if os.path.exists(os.path.join(folder, 'spec.json')) else folder
 
 
-def candidates(spec):
-    """The ports on which a server of this specs.Spec may be meant to listen, the best first.
+def candidates(spec: Spec) -> tuple[int, ...]:
+    """The ports on which a server of this Spec may listen, the most likely first.
 
-    Those of EXPOSE, $PORT among them first; without EXPOSE $PORT, and then any port counts.
+    With EXPOSE: its ports, $PORT first if it is one of them. Without: $PORT, and the caller takes any other port, too.
     """
     text = spec.env.get('PORT', '')
     port = int(text) if text.isascii() and text.isdigit() and 0 < int(text[:6]) < 65536 else None

@@ -1,8 +1,8 @@
-"""What was uploaded → a revision on disk: a source folder, or an image whose layers are stored once.
+"""Makes a revision on disk from an upload: a source folder, or an image whose layers are stored once.
 
-A revision is `functions/ID/REVISION/` with its spec.json, and a folder's files in tree/. Images share
-`layers/SHA256/`, named by what a layer unpacks to. Layers lie there as they are mounted: with their owners' ids moved
-up by id_base, which are nobody's on this machine, and with overlayfs's marks for what they take away.
+A revision is `functions/ID/REVISION/` with spec.json, and the files of a folder in tree/. Images share
+`layers/SHA256/`, named by the digest of the unpacked layer. Layers are stored as they are mounted: id_base is added to
+the ids of the owners, so that they are unused on this machine, and what a layer removes is marked for overlayfs.
 """
 
 import contextlib
@@ -12,40 +12,24 @@ import os
 import queue
 import tempfile
 import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import BinaryIO
 
 from handlers.images.archive import ImageError
-from handlers.images.layers import remove_tree
+from handlers.images.layers import Layers, remove_tree
 from handlers.images.spec import Spec, is_hex, is_tuple
-from host import files, process
+from host import disk, files, process
 
 CHUNK = 1 << 20
 UNPACK_TIMEOUT_S = 900
 WORKER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'unpack.py')
 
 
-class DiskFull(ImageError):
-    """No space left while a revision was staged."""
-
-    status = 507
-
-    def __init__(self):
-        super().__init__('no space left on the disk', 'free some space under /var/lib/faasd and deploy again')
-
-
-@contextlib.contextmanager
-def disk_full_is_named():
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull from error
-        raise
-
-
 class Writer:
-    """Writes to an unbuffered file beside the caller, who meanwhile reads what comes next."""
+    """Writes to an unbuffered file in a thread, while the caller reads the next chunk."""
 
-    def __init__(self, file):
+    def __init__(self, file: BinaryIO) -> None:
         self._file, self._chunks, self._error = file, queue.Queue(4), None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -58,14 +42,14 @@ class Writer:
             except OSError as error:
                 self._error = error
 
-    def write(self, chunk):
-        """Have it written soon. Raises OSError when an earlier one could not be."""
+    def write(self, chunk: bytes) -> None:
+        """Have it written soon. Raises OSError when an earlier chunk could not be written."""
         if self._error:
             raise self._error
         self._chunks.put(chunk)
 
-    def close(self):
-        """Wait until all is written. Raises OSError when it could not be."""
+    def close(self) -> None:
+        """Wait until all is written. Raises OSError when that failed."""
         self._chunks.put(None)
         self._thread.join()
         if self._error:
@@ -73,37 +57,40 @@ class Writer:
 
 
 class Staging:
-    """A folder below `functions` in which a revision grows, for as long as the context lasts.
+    """A folder below `functions` in which a revision is made. It is removed at the end of the context.
 
-    Files of strangers belong to the 65,536 ids from id_base on, and unpack to no more than most_bytes. `reference` says
-    which image is meant, where an archive holds several. Layers that it needs are not collected while it lasts.
+    The files of an image belong to the 65,536 ids from id_base on. An upload may unpack to most_bytes. `reference`
+    names the image to take from an archive of several. The layers that the revision needs are kept meanwhile.
     """
 
-    def __init__(self, functions, layers, *, id_base, most_bytes, reference=None):
+    def __init__(
+        self, functions: str, layers: Layers, *, id_base: int, most_bytes: int, reference: str | None = None
+    ) -> None:
+        self._functions = functions
         self._layers, self._pinned, self._new, self.spec = layers, set(), [], None
         self._order = {'id_base': id_base, 'most_bytes': most_bytes, 'reference': reference}
-        with disk_full_is_named(), contextlib.ExitStack() as undo:
+        with disk.refusals(functions), contextlib.ExitStack() as undo:
             os.makedirs(functions, mode=0o700, exist_ok=True)
             self._folder = tempfile.mkdtemp(dir=functions, prefix='.incoming-')
-            undo.callback(self.__exit__)
+            undo.push(self.__exit__)
             self._work = os.path.join(self._folder, 'work')
             os.mkdir(self._work, mode=0o700)
             undo.pop_all()
 
-    def __enter__(self):
+    def __enter__(self) -> 'Staging':
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind: type | None, error: BaseException | None, frames: TracebackType | None) -> None:
         remove_tree(self._folder)
         self._layers.unpin(self._pinned)
         self._pinned = set()
 
-    def receive(self, read, length):
-        """Spool and unpack an archive of `length` bytes from read(n), or of all bytes that it gives (None).
+    def receive(self, read: Callable[[int], bytes], length: int | None) -> Spec:
+        """Store and unpack an archive of `length` bytes from read(n). None: read until the end.
 
-        Returns its Spec. Raises ImageError; EOFError if it is cut; what read() raises.
+        Returns the Spec. Raises ImageError; DiskRefuses; EOFError if the archive is cut; what read() raises.
         """
-        with disk_full_is_named(), tempfile.TemporaryFile(dir=self._folder, buffering=0) as spool:
+        with disk.refusals(self._functions), tempfile.TemporaryFile(dir=self._folder, buffering=0) as spool:
             with contextlib.closing(Writer(spool)) as writer:
                 while length is None or length:
                     chunk = read(CHUNK if length is None else min(length, CHUNK))
@@ -120,12 +107,12 @@ class Staging:
             self.spec = Spec.checked(answer['spec'])
             self._new = answer['layers']
             if not is_tuple(tuple(self._new), is_hex) or not set(self._new) <= set(self.spec.layers):
-                raise ValueError('it made other layers than it says')
+                raise ValueError('other layers were made than announced')
             for name in self._new if self.spec.kind == 'image' else ['tree']:
                 if os.path.islink(os.path.join(self._work, name)) or not os.path.isdir(os.path.join(self._work, name)):
-                    raise ValueError(f'it did not make {name}')
+                    raise ValueError(f'{name} was not made')
             if missing := set(self.spec.layers) - self._pinned - set(self._new):
-                raise ValueError(f'it did not make {len(missing)} layers')
+                raise ValueError(f'{len(missing)} layers were not made')
             for digits, folders in answer['opaque'].items():
                 for folder in folders if digits in self._new else ():
                     make_opaque(os.path.join(self._work, digits), folder)
@@ -139,8 +126,8 @@ class Staging:
             process.run(['chown', '-hR', '0:0', os.path.join(self._work, 'tree')], timeout_s=300)
         return self.spec
 
-    def _unpack(self, spool):
-        """What the unprivileged process says of the archive. Raises ImageError."""
+    def _unpack(self, spool: BinaryIO) -> dict:
+        """The answer of the unprivileged process. Raises ImageError, DiskFull."""
         order = os.path.join(self._folder, 'order.json')
         with open(order, 'w') as file:
             json.dump({**self._order, 'folder': self._work, 'stored': sorted(self._pinned)}, file)
@@ -151,7 +138,7 @@ class Staging:
         except process.CommandError as error:
             raise ImageError(f'the archive cannot be unpacked: {error.reason}') from error
         if done.returncode == errno.ENOSPC:
-            raise DiskFull
+            raise disk.refusal(errno.ENOSPC, self._functions)
         try:
             answer = json.loads(done.stdout)
             if error := answer.get('error'):
@@ -162,9 +149,9 @@ class Staging:
             raise ImageError(f'the archive cannot be unpacked: {one_line(why)}') from error
         return answer
 
-    def keep(self, path):
-        """Move the finished revision to `path`, and its layers to theirs, to stay there after a power cut."""
-        with disk_full_is_named():
+    def keep(self, path: str) -> None:
+        """Move the finished revision to `path` and its layers to the Layers, to stay there after a power cut."""
+        with disk.refusals(self._functions):
             for digits in self._new:
                 self._layers.add(digits, os.path.join(self._work, digits))
             if self._new:
@@ -182,11 +169,11 @@ class Staging:
             files.sync_folder(os.path.dirname(os.path.dirname(path)))
 
 
-def make_opaque(top, path):
+def make_opaque(top: str, path: str) -> None:
     """Mark the folder `path` below `top` so that overlayfs shows nothing of the layers under it.
 
-    An attribute that only the daemon can set: a tmpfs takes those of users since Linux 6.6 alone, and overlayfs must be
-    able to set the same in an instance's writable layer.
+    Only the daemon can set this attribute. The kind that users can set does not work: overlayfs must set the same in
+    the writable layer of an instance, which is a tmpfs, and a tmpfs takes user attributes only since Linux 6.6.
     """
     fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -199,11 +186,12 @@ def make_opaque(top, path):
                 fd = below
         os.setxattr(fd, 'trusted.overlay.opaque', b'y')
         os.fsync(fd)
-    except (FileNotFoundError, NotADirectoryError):  # removed by what came later in the layer
+    except (FileNotFoundError, NotADirectoryError):  # a later entry of the layer has removed it
         pass
     finally:
         os.close(fd)
 
 
-def one_line(text):
+def one_line(text: object) -> str:
+    """The text with blanks in place of line ends, cut to 500 characters."""
     return ' '.join(str(text).split())[:500]

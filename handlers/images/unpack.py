@@ -1,9 +1,10 @@
-"""The process that unpacks what strangers send: nobody on this machine, root of a folder and of ids of its own.
+"""The process that unpacks what strangers send, without any privilege on this machine.
 
-Run as a program by image.Staging, as root, with the archive on stdin and the path of an order (JSON) as its argument.
-It gives up everything, unpacks into the folder that the order names, and prints what came of it as JSON:
-{"spec": …, "layers": [what it unpacked, …]} or {"error": …, "hint": …}. Each tree is filled by a process of its own
-that has nothing but that tree for a root, so that no link in it leads anywhere else.
+staging.Staging runs it as a program, as root, with the archive on stdin and the path of an order (JSON) as the
+argument. The process gives up all privileges and becomes root of a user namespace of its own. It unpacks into the
+folder that the order names, and prints the result as JSON: {"spec": …, "layers": [digest of each new one, …],
+"opaque": …} or {"error": …, "hint": …}. One process fills one tree, and has that tree as its root folder: no link in
+the tree leads out of it.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ import stat
 import struct
 import sys
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
 
 if __name__ == '__main__':
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))  # -I leaves it out
@@ -38,64 +40,65 @@ AT_ONCE = os.cpu_count() or 1
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x8000000, 0x10000000, 0x20000000, 0x40000000
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 CAPABILITY_VERSION = 0x20080522
-CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SYS_CHROOT = 0, 1, 3, 4, 18  # what a tree of many owners takes
+CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SYS_CHROOT = 0, 1, 3, 4, 18  # needed to fill a tree of many owners
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def call(result):
-    """What a C function gave, or its OSError."""
+def call(result: int) -> int:
+    """The result of a C function. Raises OSError if that is -1."""
     if result == -1:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
 
 
-# How much there may be, over all processes
+# Limits over all processes
 
 
 class Bounds:
-    """Counts the bytes and entries of `count` processes; who goes too far gets an ImageError."""
+    """Counts the bytes and entries of `count` processes together."""
 
-    def __init__(self, count, most_bytes, most_entries):
+    def __init__(self, count: int, most_bytes: int, most_entries: int) -> None:
         self._most = most_bytes, most_entries
         self._shared = mmap.mmap(-1, 16 * count)
         self._totals = struct.Struct(f'{2 * count}Q')
 
-    def meter(self, place):
+    def meter(self, place: int) -> 'Meter':
         return Meter(self, place)
 
-    def note(self, place, size, entries):
+    def note(self, place: int, size: int, entries: int) -> None:
+        """Take down what a process has so far. Raises ImageError when all have too much together."""
         struct.pack_into('2Q', self._shared, 16 * place, size, entries)
         totals, (most_bytes, most_entries) = self._totals.unpack(self._shared), self._most
         if sum(totals[0::2]) > most_bytes:
-            raise ImageError(f'it unpacks to more than {most_bytes} bytes', 'leave out what it does not need')
+            raise ImageError(f'the archive unpacks to more than {most_bytes} bytes', 'leave out what it does not need')
         if sum(totals[1::2]) > most_entries:
             raise ImageError(f'more than {most_entries} files and folders', 'leave out what it does not need')
 
 
 class Meter:
-    """One process's share of Bounds."""
+    """The counters of one process in Bounds."""
 
-    OFTEN = 512  # entries between two looks at what the others have
+    OFTEN = 512  # entries between two checks of the sum
 
-    def __init__(self, bounds, place):
+    def __init__(self, bounds: Bounds, place: int) -> None:
         self._bounds, self._place, self._bytes, self._entries = bounds, place, 0, 0
 
-    def entry(self):
+    def entry(self) -> None:
         self._entries += 1
         if self._entries % self.OFTEN == 0:
             self.check()
 
-    def bytes(self, count):
+    def bytes(self, count: int) -> None:
         self._bytes += count
         self.check()
 
-    def chunks(self, chunks):
+    def chunks(self, chunks: Iterable) -> Iterator:
         for chunk in chunks:
             self.bytes(len(chunk))
             yield chunk
 
-    def check(self):
+    def check(self) -> None:
         self._bounds.note(self._place, self._bytes, self._entries)
 
 
@@ -103,17 +106,17 @@ class Meter:
 
 
 class Root:
-    """This process's root folder while it is filled with a layer: what comes later takes the place of what was there.
+    """The root folder of this process, while a layer fills it. A later entry replaces an earlier one.
 
-    What a layer takes away from those below it is written as overlayfs reads it: a character device 0:0. `opaque` has
-    the folders that hide those of the same name; to mark them takes privileges.
+    What the layer removes from the layers below is written as overlayfs reads it: a character device 0:0. `opaque` has
+    the folders that hide those of the same name below. The daemon marks them, since that takes privileges.
     """
 
-    def __init__(self, meter):
+    def __init__(self, meter: Meter) -> None:
         self._meter, self.opaque = meter, set()
-        self._folders = {}  # path → its member: its mode might shut us out, its time would not last
+        self._folders = {}  # path → member: mode and time are set at the end, the mode may forbid to write
 
-    def fill(self, reader):
+    def fill(self, reader: archive.Reader) -> None:
         os.umask(0)
         for member in archive.members(reader):
             self._meter.entry()
@@ -175,7 +178,7 @@ class Root:
             raise ImageError(f'{show(member.name)} is a {kind}, which an image cannot hold')
 
     def _dress(self, fd, member):
-        """Owner, mode and time; it was made by 0:0 with the lower bits of the mode."""
+        """Set owner, mode and time of a new file, which belongs to 0:0 and has the lower bits of the mode."""
         if member.uid or member.gid:
             os.fchown(fd, member.uid, member.gid)
         if member.mode & 0o7000:
@@ -197,7 +200,7 @@ class Root:
             os.close(fd)
 
     def _make(self, path, create):
-        """What create() gives, with the folders it lacks made before and what is in its place removed."""
+        """What create() returns. Missing folders above `path` are made, and what is at `path` is removed."""
         for _ in range(3):
             try:
                 return create()
@@ -236,7 +239,7 @@ class Root:
             if stat.S_ISDIR(status.st_mode):
                 return None
             self._remove(path)
-            if stat.S_ISCHR(status.st_mode):  # the layer took a folder away before it brought this one
+            if stat.S_ISCHR(status.st_mode):  # the layer has removed the folder below before it adds this one
                 os.mkdir(path, 0o755)
                 return self._make_opaque(path)
         return os.mkdir(path, 0o755)
@@ -257,7 +260,7 @@ class Root:
             return self._make_opaque(folder or b'.')
         hidden = name[len(b'.wh.') :]
         if hidden.startswith(b'.wh.'):
-            return None  # notes of aufs
+            return None  # aufs keeps its own data under such names
         if hidden in (b'', b'.', b'..'):
             raise ImageError(f'{show(path)} leads out of the image')
         return self._make(folder + hidden, lambda: os.mknod(folder + hidden, stat.S_IFCHR, 0))
@@ -266,8 +269,8 @@ class Root:
         self.opaque.add(os.fsdecode(os.path.realpath(folder)))
 
 
-def do_layer(layer, name, start_zstd, meter, write):
-    """Check a layer's digests, and unpack it as the folder `name` here if `write`; its opaque folders.
+def do_layer(layer: archive.Layer, name: str, start_zstd: archive.StartZstd, meter: Meter, write: bool) -> list[str]:
+    """Check the digests of a layer, and unpack it as the folder `name` here if `write`. Returns its opaque folders.
 
     Raises ImageError.
     """
@@ -289,20 +292,20 @@ def do_layer(layer, name, start_zstd, meter, write):
         os.chdir('/')
         root.fill(reader)
     if reader:
-        reader.skip(sys.maxsize)  # to its end: what follows the tar counts for the digest
+        reader.skip(sys.maxsize)  # to the end: the digest includes what follows the tar
     for what, digest, expected in (('blob', blob, layer.blob), ('content', content, layer.diff_id)):
         if digest and expected and digest.hex() != expected:
-            raise ImageError(f'its {what} has another digest than sha256:{expected}', 'save the image again')
+            raise ImageError(f'the {what} has another digest than sha256:{expected}', 'save the image again')
     return sorted(root.opaque)
 
 
 # An image
 
 
-def image_spec(config, layers):
-    """How an image's config says it is started, as specs.Spec has it. Raises ImageError."""
+def image_spec(config: dict, layers: list[str]) -> dict:
+    """The fields of a spec.Spec, from the config of an image. Raises ImageError."""
     of = archive.of
-    inner = of(config.get('config') or {}, dict, "its config's config")
+    inner = of(config.get('config') or {}, dict, "the config's config")
     args = [*texts(inner, 'Entrypoint'), *texts(inner, 'Cmd')]
     if not args or not args[0]:
         raise ImageError('the image has no command', 'give it an ENTRYPOINT or a CMD')
@@ -310,13 +313,13 @@ def image_spec(config, layers):
     for text in texts(inner, 'Env'):
         name, equals, value = text.partition('=')
         if not name or not equals:
-            raise ImageError(f"its config's Env: {show(text)} is not NAME=VALUE")
+            raise ImageError(f"the config's Env: {show(text)} is not NAME=VALUE")
         env[name] = value
     ports = set()
-    for port in of(inner.get('ExposedPorts') or {}, dict, "its config's ExposedPorts"):
+    for port in of(inner.get('ExposedPorts') or {}, dict, "the config's ExposedPorts"):
         found = re.fullmatch(r'([0-9]{1,5})(?:/(tcp|udp|sctp))?', port)
         if not found or not 1 <= int(found[1]) <= 65535:
-            raise ImageError(f"its config's ExposedPorts: {show(port)} is no port")
+            raise ImageError(f"the config's ExposedPorts: {show(port)} is not a port")
         if found[2] in (None, 'tcp'):
             ports.add(int(found[1]))
     return {
@@ -331,24 +334,25 @@ def image_spec(config, layers):
     }
 
 
-def text_of(config, key):
-    text = archive.of(config.get(key) or '', str, f"its config's {key}")
+def text_of(config: dict, key: str) -> str:
+    """A text of the config, '' if it is missing. Raises ImageError."""
+    text = archive.of(config.get(key) or '', str, f"the config's {key}")
     if '\0' in text:
-        raise ImageError(f"its config's {key} holds a NUL")
+        raise ImageError(f"the config's {key} holds a NUL")
     return text
 
 
-def texts(config, key):
-    """A list of texts, or none. Raises ImageError."""
-    found = archive.of(config.get(key) or [], list, f"its config's {key}")
+def texts(config: dict, key: str) -> list[str]:
+    """A list of texts of the config, [] if it is missing. Raises ImageError."""
+    found = archive.of(config.get(key) or [], list, f"the config's {key}")
     for text in found:
-        if '\0' in archive.of(text, str, f"its config's {key}"):
-            raise ImageError(f"its config's {key} holds a NUL")
+        if '\0' in archive.of(text, str, f"the config's {key}"):
+            raise ImageError(f"the config's {key} holds a NUL")
     return found
 
 
-def signal_name(text):
-    """SIGTERM for 'TERM', '15' and so on; SIGRTMIN+3 as well. Raises ImageError."""
+def signal_name(text: str) -> str:
+    """The name of a signal: SIGTERM for 'TERM' and for '15', SIGRTMIN+3 for 'rtmin+3'. Raises ImageError."""
     name = text.upper()
     if re.fullmatch('[0-9]{1,2}', name):
         with contextlib.suppress(ValueError):
@@ -356,14 +360,14 @@ def signal_name(text):
     name = name if name.startswith('SIG') else f'SIG{name}'
     if name in signal.Signals.__members__ or re.fullmatch(r'SIGRT(MIN\+|MAX-)([0-9]|[12][0-9]|30)', name):
         return name
-    raise ImageError(f"its config's StopSignal: there is no signal {show(text)}")
+    raise ImageError(f"the config's StopSignal: there is no signal {show(text)}")
 
 
 # Processes
 
 
-def side_by_side(jobs):
-    """What each of the functions returns, each in a process of its own. Raises ImageError and OSError as they did."""
+def side_by_side(jobs: list[Callable[[], object]]) -> list:
+    """What the functions return. Each runs in a process of its own. Raises the ImageError or OSError of one."""
     answers, waiting, running = [None] * len(jobs), list(enumerate(jobs))[::-1], {}  # pipe → (place, what it said)
     poll = select.poll()
     while waiting or running:
@@ -387,37 +391,37 @@ def side_by_side(jobs):
     return answers
 
 
-def answer_and_exit(job, writer):
-    """Run job() and write what came of it to `writer`."""
+def answer_and_exit(job: Callable[[], object], writer: int) -> None:
+    """Run job(), write what it returns or raises to `writer`, and end this process."""
     try:
         answer = {'value': job()}
     except BaseException as error:
         answer = said_of(error)
     with contextlib.suppress(OSError), open(writer, 'wb') as file:
         file.write(json.dumps(answer).encode())
-    os._exit(0)  # not its parent's exit, nor its threads
+    os._exit(0)  # the handlers and threads of the parent are not ours to end
 
 
-def said_of(error):
-    """An error as JSON has it."""
+def said_of(error: BaseException) -> dict:
+    """An error as an object for JSON."""
     if isinstance(error, ImageError):
         return {'error': str(error), 'hint': error.hint}
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return {'full': True}
     if isinstance(error, MemoryError):
-        return {'error': 'it needs too much memory to unpack', 'hint': None}
+        return {'error': 'the archive needs too much memory to unpack', 'hint': None}
     if isinstance(error, OSError):
-        return {'error': f'it cannot be unpacked: {error.strerror or error}', 'hint': None}
+        return {'error': f'the archive cannot be unpacked: {error.strerror or error}', 'hint': None}
     return {
-        'error': f'it cannot be unpacked: {type(error).__name__}: {" ".join(str(error).split())[:200]}',
+        'error': f'the archive cannot be unpacked: {type(error).__name__}: {" ".join(str(error).split())[:200]}',
         'hint': None,
     }
 
 
-def value_of(said):
-    """The value in what answer_and_exit() wrote, or the error."""
+def value_of(said: bytes) -> object:
+    """The value that answer_and_exit() wrote. Raises the error that it wrote."""
     if not said:
-        raise ImageError('it takes too long or too much memory to unpack', 'leave out what it does not need')
+        raise ImageError('the archive takes too long or too much memory to unpack', 'leave out what it does not need')
     answer = json.loads(said)
     if 'full' in answer:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -426,8 +430,8 @@ def value_of(said):
     return answer['value']
 
 
-def zstd_starter():
-    """start() for archive.unzstd, which works behind a chroot too: a process forked before it starts them."""
+def zstd_starter() -> archive.StartZstd:
+    """Fork a process that starts `zstd -dc` on request. The function returned works after a chroot, too."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork() == 0:
         ours.close()
@@ -460,8 +464,8 @@ def zstd_starter():
     return start
 
 
-def do_archive(order, fd, start_zstd):
-    """Unpack the archive that is open as `fd` into this folder; its answer. Raises ImageError."""
+def do_archive(order: dict, fd: int, start_zstd: archive.StartZstd) -> dict:
+    """Unpack the archive that is open as `fd` into this folder. Returns the answer. Raises ImageError."""
     packed = archive.Section(fd, 0, os.fstat(fd).st_size)
     if how := packed.packed():
         chunks = archive.unpacked(packed, how, start_zstd)
@@ -476,15 +480,15 @@ def do_archive(order, fd, start_zstd):
         answer = do_image(opened, order, start_zstd)
     else:
         meter = Bounds(1, order['most_bytes'], FOLDER_ENTRIES).meter(0)
-        (spec,) = side_by_side([lambda: do_folder(opened.whole, 'tree', meter)])
+        (spec,) = side_by_side([lambda: do_folder(opened.whole, 'tree', meter.bytes)])
         answer = {'spec': spec, 'layers': [], 'opaque': {}}
-    os.ftruncate(fd, 0)  # what nobody needs is not written to the disk
+    os.ftruncate(fd, 0)  # or syncfs() would write it to the disk
     here = os.open('.', os.O_RDONLY)
     call(libc.syncfs(here))
     return answer
 
 
-def do_image(opened, order, start_zstd):
+def do_image(opened: archive.Archive, order: dict, start_zstd: archive.StartZstd) -> dict:
     config, layers = archive.find_image(opened, order['reference'])
     spec = image_spec(config, [layer.diff_id for layer in layers])
     stored, jobs, written = set(order['stored']), {}, []
@@ -501,7 +505,7 @@ def do_image(opened, order, start_zstd):
     return {'spec': spec, 'layers': written, 'opaque': opaque}
 
 
-def layer_job(layer, place, start_zstd, meter, new):
+def layer_job(layer: archive.Layer, place: int, start_zstd: archive.StartZstd, meter: Meter, new: bool) -> Callable:
     def job():
         try:
             return do_layer(layer, layer.diff_id, start_zstd, meter, new)
@@ -511,8 +515,8 @@ def layer_job(layer, place, start_zstd, meter, new):
     return job
 
 
-def confine(order, tell, heard):
-    """Become root of ids that are nobody's, without network, in the order's folder. The parent writes the id maps."""
+def confine(order: dict, tell: int, heard: int) -> archive.StartZstd:
+    """Become root of unused ids, without network, in the folder of the order. The parent writes the id maps."""
     folder = os.open(order['folder'], os.O_RDONLY | os.O_DIRECTORY)
     if libc.unshare(CLONE_NEWUSER):
         raise ImageError(
@@ -526,11 +530,11 @@ def confine(order, tell, heard):
     os.setresuid(0, 0, 0)
     call(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))  # after it: a change of ids clears it
     call(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))  # it compiles what strangers wrote
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))  # it compiles the Python files of strangers
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     start_zstd = zstd_starter()
-    ''.encode('latin-1'), ''.encode('ascii')  # codecs are imported at first use: there is no library behind chroot
+    ''.encode('latin-1'), ''.encode('ascii')  # Python imports codecs at first use, and cannot after chroot
     os.fchdir(folder)
     os.close(folder)
     os.chroot('.')
@@ -538,15 +542,15 @@ def confine(order, tell, heard):
     return start_zstd
 
 
-def keep_capabilities(*kept):
-    """Give up all others. A process behind chroot cannot get them back in another user namespace."""
+def keep_capabilities(*kept: int) -> None:
+    """Give up all others. After chroot a process cannot get them back in another user namespace."""
     bits = sum(1 << each for each in kept)
     header = struct.pack('Ii', CAPABILITY_VERSION, 0)
     call(libc.capset(header, struct.pack('6I', bits, bits, 0, 0, 0, 0)))
 
 
-def run(order, work):
-    """What work(start_zstd) returns in a confined process, as JSON text; it and all it starts end with us."""
+def run(order: dict, work: Callable[[archive.StartZstd], object]) -> object:
+    """What work(start_zstd) returns in a confined process. That process and its children end with this one."""
     call(libc.unshare(CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC))
     heard, told = os.pipe(), os.pipe()
     reader, writer = os.pipe()
@@ -557,7 +561,7 @@ def run(order, work):
         def job():
             for fd in (heard[0], told[1], reader):
                 os.close(fd)
-            null = os.open('/dev/null', os.O_WRONLY)  # what it says is bounded, and said by `writer`
+            null = os.open('/dev/null', os.O_WRONLY)  # the answer goes to `writer`, and has a limit there
             os.dup2(null, 1)
             os.dup2(null, 2)
             return work(confine(order, heard[1], told[0]))
@@ -574,13 +578,13 @@ def run(order, work):
     while len(said) < MOST_ANSWER and (chunk := os.read(reader, 65536)):
         said += chunk
     os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)  # PID 1 of all the others
+    os.waitpid(child, 0)  # the child is PID 1 of the others
     if len(said) >= MOST_ANSWER:
-        raise ImageError('its command and settings are too long')
+        raise ImageError("the image's command and settings are too long")
     return value_of(said)
 
 
-def main(path):
+def main(path: str) -> int:
     try:
         with open(path) as file:
             order = json.load(file)

@@ -1,0 +1,48 @@
+"""The limits in the OCI configuration of an instance are those that the kernel enforces."""
+
+import json
+import unittest
+
+from tests import inside
+
+
+class Limits(inside.InHost):
+    @inside.inside
+    def test_memory_kills_and_the_reason_says_so(self):
+        with inside.prepared(inside.LIMITS._replace(memory=48 << 20)) as them:
+            with inside.Expressions(them) as instance:
+                instance.wait_up()
+                client = instance.connect(json.dumps('len(b"x" * (200 << 20))').encode() + b'\n')
+                self.assertEqual('ran out of memory (the limit is 48 MiB)', instance.wait_end())
+                client.close()
+            with inside.Expressions(them) as instance:
+                self.assertEqual(3, instance.wait_up().value('1 + 2'))
+                instance.container.kill()
+                self.assertEqual('ended by SIGKILL', instance.wait_end())
+
+    @inside.inside
+    def test_processes_and_threads_are_bounded(self):
+        with inside.prepared(inside.LIMITS._replace(pids=16)) as them, inside.Expressions(them) as instance:
+            instance.wait_up()
+            how, what = instance.eval('[subprocess.Popen(["sleep", "100"]) for _ in range(30)]')
+            self.assertEqual(('OSError', 'EAGAIN'), (how, what))
+            self.assertEqual(3, instance.value('1 + 2'))
+            sleep = json.dumps('__import__("time").sleep(0.2)').encode() + b'\n'
+            # More than there may be threads for.
+            clients = [self.stack.enter_context(instance.connect(sleep)) for _ in range(4)]
+            self.assertEqual([b'["ok", null]'] * 4, [inside.read_all(client) for client in clients])
+
+    @inside.inside
+    def test_cores_are_bounded(self):
+        with inside.prepared(inside.LIMITS._replace(cpus=0.25)) as them, inside.Expressions(them) as instance:
+            instance.wait_up()
+            used, took = instance.value(
+                '(lambda t, c: ([None for _ in iter(lambda: t.time() < c[0] + 0.6, False)],'
+                ' (t.process_time() - c[1], t.time() - c[0]))[1])'
+                '(*(lambda t: (t, (t.time(), t.process_time())))(__import__("time")))'
+            )
+            self.assertLess(used / took, 0.5)
+
+
+if __name__ == '__main__':
+    unittest.main()
