@@ -8,6 +8,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import ctypes
+import errno
 import fcntl
 import functools
 import grp
@@ -363,10 +364,13 @@ class Daemon:
         self.registry.abandon_stale()
 
     def _look_at_disks(self) -> None:
-        """Raises DiskRefuses. The reserve is made again when there is room."""
+        """Raises DiskRefuses; also when removals have used the reserve and there is no room for another."""
         for folder in (STATE, *self.vpn.folders, *self.dns.folders):
+            if refusal := disk.look(folder):  # root may still write a little where nobody else can
+                raise refusal
             disk.try_write(folder)
-        self._reserve.make()
+        if not self._reserve.make():
+            raise disk.refusal(errno.ENOSPC, STATE)
 
     def dead_thread(self) -> str | None:
         """The name of a thread that has ended and should not have, or None."""
