@@ -128,6 +128,7 @@ class Functions:
             except OSError as error:
                 self._emit('listener', f'{function.name}: {error}', name=function.name, problem=True)
                 self._unopened[function.id] = function, revision, str(error)
+        self._around.containers.remove_leftovers()
         for adopted in adoptable.values():  # of a revision that cannot be used any more
             adopted.listener.close()
             self._end(adopted.container)

@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import pathlib
+import select
 import signal
 import unittest
 import unittest.mock
@@ -256,8 +257,16 @@ class Life(inside.InHost):
             instances = [self.stack.enter_context(inside.Expressions(them)).wait_up() for _ in range(2)]
             again = containers.Containers(them.prefix, inside.LIMITS)  # as a new daemon on the same records
             again.prepare()
+            # They have ended, and what is left of them is removed after functions are served.
             for instance in instances:
-                self.assertEqual([], os.listdir('/run/faasd/instances'))
+                self.assertTrue(select.select([instance.container.pidfd], [], [], 0)[0])
+            self.assertEqual(2, len(os.listdir('/run/faasd/instances')))
+            self.assertEqual(2, len(again._slots))  # nobody gets their ids before
+            again.remove_leftovers()
+            lab.wait_until(lambda: not again._leftovers, 10, 'their folders to go')
+            self.assertEqual([], os.listdir('/run/faasd/instances'))
+            self.assertEqual(set(), again._slots)
+            for instance in instances:
                 self.assertEqual('ended by SIGKILL', instance.wait_end())
             with inside.Expressions(again) as instance:
                 self.assertEqual(3, instance.wait_up().value('1 + 2'))

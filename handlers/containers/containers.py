@@ -5,11 +5,13 @@ import json
 import os
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ from host import process, sock_diag
 from host.errors import EXPECTED, FaasError
 
 ID_SLOTS = 4096
+LEFTOVERS_END_S = 10  # how long killed containers of a former run may take to end
 
 
 class ContainerError(FaasError):
@@ -48,71 +51,83 @@ class Containers:
         self._runtime = (runtime, '--root', self._roots[runtime])
         self._slots, self._lock = set(), threading.Lock()
         self._configurations = bundle.Configurations(limits, self._cgroup, self._rootfs)
+        self._leftovers: dict[str, Container | None] = {}  # id → its ended container, if that had a process
+        self._remover, self._closing = None, False
         self._mappings = {}  # slot → the user namespace that maps the owners of layers to it
 
     def prepare(self, wanted: Callable[[dict], bool] = lambda record: False) -> list[tuple[dict, 'Container']]:
-        """Remove the instances that a former run left, and lay out the root file system that all folders share.
+        """End the instances that a former run left, and lay out the root file system that all folders share.
 
         Kept are those that run, serve a listener of their own, and are wanted(record). Returns [(record, Container)] of
-        them.
+        them. What is left of the others is for remove_leftovers(): it takes long, and functions shall be served first.
         """
-        kept = {}
-        for folder in (self._instances, *self._roots.values()):
-            if os.path.isdir(folder):
-                for ident in os.listdir(folder):
-                    if ident not in kept and (left := self._left(ident, wanted)):
-                        kept[ident] = left
-                    if ident not in kept:
-                        self._delete(ident)
+        kept = self._end_leftovers(wanted)
         self._remove_cgroups()
         if not kept:  # else it may be in use: then it is only updated
             shutil.rmtree(self._rootfs, ignore_errors=True)
         os.makedirs(self._instances, mode=0o700, exist_ok=True)
         os.makedirs(self._image, exist_ok=True)
-        # With a user namespace every mount point must exist, and a tmpfs gets the mode of its mount point (runc 1.1).
-        for folder in ('dev', 'etc', 'function', 'opt/faas', 'proc', 'run', 'sys', 'tmp', 'usr', 'var'):
-            os.makedirs(os.path.join(self._rootfs, folder), exist_ok=True)
-        os.chmod(os.path.join(self._rootfs, 'tmp'), 0o1777)
-        links = {'control.sock': 'run/faas/control.sock', 'var/tmp': '/tmp'}
-        for name in ('bin', 'sbin', 'lib', 'lib32', 'lib64', 'libx32'):
-            if os.path.islink(f'/{name}'):
-                links[name] = os.readlink(f'/{name}')
-        for name, target in links.items():
-            with contextlib.suppress(FileExistsError):
-                os.symlink(target, os.path.join(self._rootfs, name))
-        for name, text in (
-            ('passwd', 'root:x:0:0:function:/tmp:/usr/sbin/nologin\nnobody:x:65534:65534::/:/usr/sbin/nologin\n'),
-            ('group', 'root:x:0:\nnogroup:x:65534:\n'),
-            ('hosts', '127.0.0.1 localhost\n::1 localhost\n'),
-            ('nsswitch.conf', 'passwd: files\ngroup: files\nhosts: files\n'),
-        ):
-            with open(os.path.join(self._rootfs, 'etc', name), 'w') as file:
-                file.write(text)
-        for module in ('runtime.py', 'protocol.py'):
-            shutil.copy(
-                os.path.join(os.path.dirname(os.path.abspath(__file__)), module),
-                os.path.join(self._rootfs, 'opt/faas', module),
-            )
-        compile_all = ['/usr/bin/python3', '-I', '-S', '-m', 'compileall', '-q', '--invalidation-mode=unchecked-hash']
-        process.run([*compile_all, '-s', self._rootfs, '-p', '/', os.path.join(self._rootfs, 'opt/faas')])
-        return list(kept.values())
+        rootfs.lay_out(self._rootfs)
+        return kept
 
-    def _left(self, ident, wanted):
-        """(record, Container) of an instance of a former run, if it is what the record says, and is wanted."""
+    def _end_leftovers(self, wanted):
+        kept = []
+        folders = [folder for folder in (self._instances, *self._roots.values()) if os.path.isdir(folder)]
+        for ident in {ident for folder in folders for ident in os.listdir(folder)}:
+            record, container = self._left(ident)
+            if container and record['listener'] is not None and wanted(record):
+                kept.append((record, container))
+            elif container or record:
+                self._leftovers[ident] = container
+            else:  # nobody knows what it is, but the runtime
+                self._delete(ident)
+        living = select.poll()
+        running = {container.pidfd for container in self._leftovers.values() if container}
+        for container in filter(None, self._leftovers.values()):
+            container.kill()
+            living.register(container.pidfd, select.POLLIN)
+        deadline = time.monotonic() + LEFTOVERS_END_S  # they may hold listeners that the next ones would share
+        while running and time.monotonic() < deadline:
+            for fd, _ in living.poll(100):
+                living.unregister(fd)
+                running.discard(fd)
+        return kept
+
+    def _left(self, ident):
+        """(record, Container) of an instance of a former run. None: there is no record, or the process has ended."""
         try:
             with open(os.path.join(self._instances, ident, 'record.json')) as file:
                 record = json.load(file)
-            if record['listener'] is None or record['pid'] is None or not wanted(record):
-                return None
-            pidfd = os.pidfd_open(record['pid'])
+            pid, started, (base, _) = record['pid'], record['start_time'], record['ids']
+            if pid is None:
+                return None, None
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return record, None
         except (OSError, ValueError, KeyError, TypeError):
-            return None
-        if process.start_time(record['pid']) != record['start_time']:
+            return None, None
+        if process.start_time(pid) != started:
             os.close(pidfd)
-            return None
-        base, _ = record['ids']
+            return record, None
         self._slots.add((base - self._id_base) // ID_RANGE)
-        return record, Container(ident, record['pid'], pidfd, base)
+        return record, Container(ident, pid, pidfd, base)
+
+    def remove_leftovers(self) -> None:
+        """Begin to remove what prepare() has ended, in a thread of its own. close() ends that thread."""
+        self._remover = threading.Thread(target=self._remove_leftovers, name='leftovers')
+        self._remover.start()
+
+    def _remove_leftovers(self):
+        for ident in list(self._leftovers):
+            if self._closing:  # the next run does the rest
+                return
+            container = self._leftovers[ident]
+            self._delete(ident)
+            if container:
+                os.close(container.pidfd)
+                with self._lock:
+                    self._slots.discard((container.base - self._id_base) // ID_RANGE)
+            del self._leftovers[ident]
 
     @staticmethod
     def output_of(container: 'Container') -> int | None:
@@ -247,9 +262,12 @@ class Containers:
 
     def close(self) -> None:
         """Remove what prepare() made, unless containers are left for the next faasd."""
+        self._closing = True
+        if self._remover:
+            self._remover.join()
         for fd in self._mappings.values():
             os.close(fd)
-        if self._slots:
+        if self._slots or self._leftovers:
             return
         self._remove_cgroups()
         for folder in (self._rootfs, self._image, self._instances, *self._roots.values()):

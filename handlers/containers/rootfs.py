@@ -1,17 +1,20 @@
-"""The root file system of an instance of an image: the read-only layers, and over them a writable layer in memory.
+"""Root file systems: the one that folder functions share, and that of an instance of an image.
 
-Everything is mounted in a mount namespace that the OCI runtime inherits. The host does not see it, and it is gone when
-the container ends.
+The latter is the read-only layers, and over them a writable layer in memory. All of it is mounted in a mount namespace
+that the OCI runtime inherits. The host does not see it, and it is gone when the container ends.
 """
 
+import contextlib
 import ctypes
 import os
 import re
+import shutil
 import stat
 import struct
 import threading
 from collections.abc import Callable
 
+from host import process
 from host.errors import FaasError
 
 # Numbers of the system calls, the same on every architecture since Linux 5.1, and of linux/mount.h.
@@ -59,6 +62,36 @@ def apart(function: Callable[[], object]) -> object:
     if error:
         raise error
     return value
+
+
+def lay_out(root: str) -> None:
+    """Make or update the root file system that all folder functions share: mount points, links, and the runtime."""
+    # With a user namespace every mount point must exist, and a tmpfs gets the mode of its mount point (runc 1.1).
+    for folder in ('dev', 'etc', 'function', 'opt/faas', 'proc', 'run', 'sys', 'tmp', 'usr', 'var'):
+        os.makedirs(os.path.join(root, folder), exist_ok=True)
+    os.chmod(os.path.join(root, 'tmp'), 0o1777)
+    links = {'control.sock': 'run/faas/control.sock', 'var/tmp': '/tmp'}
+    for name in ('bin', 'sbin', 'lib', 'lib32', 'lib64', 'libx32'):
+        if os.path.islink(f'/{name}'):
+            links[name] = os.readlink(f'/{name}')
+    for name, target in links.items():
+        with contextlib.suppress(FileExistsError):
+            os.symlink(target, os.path.join(root, name))
+    for name, text in (
+        ('passwd', 'root:x:0:0:function:/tmp:/usr/sbin/nologin\nnobody:x:65534:65534::/:/usr/sbin/nologin\n'),
+        ('group', 'root:x:0:\nnogroup:x:65534:\n'),
+        ('hosts', '127.0.0.1 localhost\n::1 localhost\n'),
+        ('nsswitch.conf', 'passwd: files\ngroup: files\nhosts: files\n'),
+    ):
+        with open(os.path.join(root, 'etc', name), 'w') as file:
+            file.write(text)
+    for module in ('runtime.py', 'protocol.py'):
+        shutil.copy(
+            os.path.join(os.path.dirname(os.path.abspath(__file__)), module),
+            os.path.join(root, 'opt/faas', module),
+        )
+    compile_all = ['/usr/bin/python3', '-I', '-S', '-m', 'compileall', '-q', '--invalidation-mode=unchecked-hash']
+    process.run([*compile_all, '-s', root, '-p', '/', os.path.join(root, 'opt/faas')])
 
 
 def mount(where: str, layers: list[str], ids: int, size: int, owner: int) -> str:
