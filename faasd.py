@@ -18,6 +18,7 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import dns_manager
@@ -217,7 +218,7 @@ class Daemon:
         return self.peers.enrolls_openly or self.registry.invites_open_for_s() > 0
 
     def _prepare_containers(self) -> list:
-        """What a faasd that is no more has left, and still serves its live revision."""
+        """What a former faasd has left, and still serves its live revision."""
         settings = self._settings
         layers = Layers(f'{STATE}/layers')
         layers.prepare()
@@ -313,7 +314,7 @@ class Daemon:
         peer = self.registry.peer_at(address[0])
         return Caller(peer.role, peer.name) if peer else Caller('stranger')
 
-    def _unless_left(self, function, *args: object) -> None:
+    def _unless_left(self, function: Callable[..., object], *args: object) -> None:
         """Call it, unless an instance lives on that needs what it takes away."""
         if not (self.functions and self.functions.left_behind):
             attempt(self._emit, function, *args)

@@ -20,7 +20,7 @@ from control.body import Body, RequestError, json_object
 from handlers.serving.instance import StartFailed
 from host.errors import FaasError
 
-UPLOAD_PAUSE_S = 300  # how long an upload may stand still: what makes the archive may take its time
+UPLOAD_PAUSE_S = 300  # how long an upload may stand still: the program that makes the archive may be slow
 ACKNOWLEDGED_S = 2  # how long an answer may take to arrive before what it announces is done
 FROM_MAX = 200  # characters of what a deploy was made from
 VERB_HINTS = {

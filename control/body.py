@@ -1,4 +1,4 @@
-"""The body of a request: how long it is, its bytes, and what of it nobody wanted."""
+"""The body of a request: how long it is, and how it is read."""
 
 import contextlib
 import json

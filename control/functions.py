@@ -114,7 +114,7 @@ class Functions:
     # Start and end
 
     def open_all(self, left: Iterable[tuple[dict, Container]] = ()) -> None:
-        """Open every function; what one that is no more has `left` serves on, or is ended."""
+        """Open every function; what a former faasd has `left` serves on, or is ended."""
         adoptable = self._adoptable(left)
         for function in self._registry.functions():
             revision = None
@@ -134,7 +134,7 @@ class Functions:
             self._end(adopted.container)
 
     def _adoptable(self, left: Iterable[tuple[dict, Container]]) -> dict[str, Adopted]:
-        """{function: Adopted} of what a faasd that is no more has left; the rest is ended."""
+        """{function: Adopted} of what a former faasd has left; the rest is ended."""
         containers, found = self._around.containers, {}
         for record, container in sorted(left, key=lambda each: -each[0]['start_time']):
             sock = None if record['function'] in found else containers.listener_of(record, container)
@@ -154,7 +154,7 @@ class Functions:
         revision: Revision | None = None,
         adopted: Adopted | None = None,
     ) -> Pool:
-        """A pool and a listener for the function; an instance that a faasd which is no more has left may be `adopted`.
+        """A pool and a listener for the function; an instance that a former faasd has left may be `adopted`.
 
         Without `revision` it serves nothing until one is cut over to. Raises OSError.
         """
@@ -172,8 +172,8 @@ class Functions:
     def open_others(self) -> None:
         """Open the functions that could not be opened at the start. Raises NoListener when one still cannot.
 
-        A function may have made the options of its connections such that nobody can listen beside them, and the kernel
-        keeps them for a minute.
+        A function can set options on connections that keep others from listening beside them. The kernel keeps such
+        connections for a minute.
         """
         failed = []
         for ident in list(self._unopened):
@@ -243,11 +243,10 @@ class Functions:
         source: str | None = None,
         is_wanted: Callable[[], bool] = lambda: True,
     ) -> dict:
-        """Deploy the archive that read(n) gives as `name`: `length` bytes, or to its end when that is None.
+        """Deploy the archive that read(n) gives as `name`: `length` bytes, or all bytes when that is None.
 
-        `reference` says which of several images, `source` what the archive was made from. What served before serves
-        until the new revision is ready. When nobody waits for the answer any more, which is_wanted() knows, all is
-        undone.
+        `reference` says which of several images, `source` what the archive was made from. The former revision serves
+        until the new one is ready. When is_wanted() says that nobody waits for the answer any more, all is undone.
         """
         registry.check_name(name, registry.RESERVED)
         if length is not None and length > self._max_upload:

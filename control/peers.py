@@ -16,7 +16,7 @@ from host.errors import EXPECTED, FaasError, StartError
 
 
 class AfterAnswer(NamedTuple):
-    """A verb is decided, and the rest of it must wait until its answer has arrived: `act()` then, in any case."""
+    """The answer to a verb must arrive before the verb acts. The caller answers, then calls act() in any case."""
 
     act: Callable[[], None]
 
@@ -125,7 +125,7 @@ class Peers:
         return self._welcome(peer), peer.name
 
     def remove(self, name: str, caller_name: str | None = None) -> AfterAnswer | None:
-        """Lock a peer out. A peer that removes itself loses its tunnel, so that its answer must come first."""
+        """Lock a peer out. When it removes itself, the tunnel ends with that: the answer must come first."""
         try:
             self._registry.begin_peer_removal(name)
         except FaasError as error:

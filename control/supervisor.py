@@ -5,6 +5,7 @@ import json
 import subprocess
 import threading
 import time
+from typing import BinaryIO
 
 import registry
 from control.events import Emit
@@ -92,7 +93,7 @@ class Supervisor:
         self._record()
         threading.Thread(target=self._read_coredns, args=(child.stdout,), name='coredns', daemon=True).start()
 
-    def _read_coredns(self, output) -> None:
+    def _read_coredns(self, output: BinaryIO) -> None:
         """Tell what troubles CoreDNS. Its line for each query is not kept."""
         told = 0
         with output:
