@@ -8,8 +8,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import ctypes
-import errno
-import fcntl
 import functools
 import grp
 import os
@@ -37,6 +35,7 @@ from control.repairs import Repairs
 from control.revisions import Revisions
 from control.server import ControlServer, Limits, Verbs
 from control.settings import BadSettings, read_settings
+from control.storage import Storage
 from control.supervisor import Supervisor
 from handlers.containers import bundle
 from handlers.containers.containers import Containers
@@ -46,7 +45,7 @@ from handlers.serving.injection import Injector
 from handlers.serving.instance import Surroundings
 from handlers.serving.loop import Loop
 from handlers.serving.server import FaaSServer
-from host import disk, files, netlink, process, systemd
+from host import files, netlink, process, systemd
 from host.errors import EXPECTED, StartError
 from host.firewall import Firewall
 from host.version import VERSION
@@ -59,7 +58,6 @@ CONTROL_PORT = 8080
 UNUSED_ADDRESS = 'fd00:faa5::'  # a port is taken there only by who listens on every address
 OWN_PORTS_HINT = 'let it listen on addresses of its own, not on [::]'
 PR_SET_CHILD_SUBREAPER = 36
-UNFINISHED = ('faas.db', 'Corefile', '*.conf', 'server_*.key', 'children.json')  # files that a killed write may cut
 DISK_LOOK_S = 10
 COPY_LOOK_S = 600
 THREADS_LOOK_S = 1  # how often the main thread looks whether the others live
@@ -92,7 +90,7 @@ class Daemon:
         self._emit, self._undo = events.emit, contextlib.ExitStack()
         self._problems = Problems(self._emit)
         self._handover, self._forwarders = False, []
-        self._reserve = files.Reserve(f'{STATE}/reserve')
+        self._storage = Storage(STATE, RUN, self._emit)
         self._servers: list[ControlServer] = []
         self.vpn = self._make_vpn()
         self.firewall = Firewall(
@@ -116,7 +114,7 @@ class Daemon:
     def start(self) -> None:
         """Bring everything up, phase by phase. Whatever fails is undone and raised."""
         try:
-            self._claim_state()
+            self._storage.claim(self._undo)
             self._open_registry()
             self._bring_up_network()
             self._project_peers()
@@ -149,42 +147,16 @@ class Daemon:
 
     # The phases of a start
 
-    def _claim_state(self) -> None:
-        """One faasd for each state directory. The locks last as long as the process.
-
-        The directory itself is locked too: /run/faasd/faasd.lock may have been deleted under a running faasd.
-        """
-        for folder, mode in ((STATE, 0o711), (RUN, 0o755)):  # CoreDNS reads the zone below the first as another user
-            os.makedirs(folder, mode=mode, exist_ok=True)
-        for path, flags in ((STATE, os.O_RDONLY | os.O_DIRECTORY), (f'{RUN}/faasd.lock', os.O_CREAT | os.O_RDWR)):
-            lock = os.open(path, flags | os.O_CLOEXEC, 0o600)
-            self._undo.callback(os.close, lock)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StartError('another faasd runs on this host', 'end it first') from error
-
     def _open_registry(self) -> None:
-        self._sweep(STATE, RUN)
-        self.registry = registry.Registry(f'{STATE}/registry.db', self._reserve)
-        self._undo.callback(self.registry.close)
-        for folder in registry.check_files(self.registry, f'{STATE}/functions'):
-            self._emit('registry', f'Moved code that the registry does not know to {folder}', problem=True)
-        self.registry.abandon_stale()
+        self.registry = self._storage.open_registry(self._undo)
         self.dns = dns_manager.DNSZoneManager(
             self.registry.next_serial, self._emit, registry.GATEWAY, registry.ZONE_SERVER
         )
         self.zone = Projection(
             lambda: self.dns.project(self._zone_records()), lambda: self.dns.is_current(self._zone_records())
         )
-        self._sweep(*self.dns.folders, *self.vpn.folders)
+        self._storage.add([*self.dns.folders, *self.vpn.folders])
         self.addresses = Projection(lambda: self.vpn.project_addresses(self.registry.function_addresses()))
-
-    def _sweep(self, *folders: str) -> None:
-        """Remove what a killed write has left: some of it holds keys."""
-        for folder in folders:
-            if swept := files.sweep(folder, UNFINISHED):
-                self._emit('faasd', f'Removed {len(swept)} unfinished files from {folder}')
 
     def _zone_records(self) -> dict[str, str]:
         return {function.name: function.ipv6 for function in self.registry.functions()}
@@ -342,8 +314,8 @@ class Daemon:
             Check('connections', self.functions.count_connections),
             Check(interface, repairs.missing_interface),
             Check(interface, repairs.interface, CLOSELY_S, links),
-            Check('registry', self._look_after_registry, CLOSELY_S),
-            Check('disk', self._look_at_disks, DISK_LOOK_S),
+            Check('registry', self._storage.look_after_registry, CLOSELY_S),
+            Check('disk', self._storage.look_at_disks, DISK_LOOK_S),
             Check('copy', self.registry.copy_daily, COPY_LOOK_S),
             Check('listener', self.functions.open_others, CLOSELY_S),
             Check('dns', self.supervisor.look_after_coredns),
@@ -359,19 +331,6 @@ class Daemon:
         self.monitor = Monitor(checks, self._problems.report)
         self.monitor.start()
         self._undo.callback(self.monitor.stop)
-
-    def _look_after_registry(self) -> None:
-        self.registry.check_file()
-        self.registry.abandon_stale()
-
-    def _look_at_disks(self) -> None:
-        """Raises DiskRefuses; also when removals have used the reserve and there is no room for another."""
-        for folder in (STATE, *self.vpn.folders, *self.dns.folders):
-            if refusal := disk.look(folder):  # root may still write a little where nobody else can
-                raise refusal
-            disk.try_write(folder)
-        if not self._reserve.make():
-            raise disk.refusal(errno.ENOSPC, STATE)
 
     def dead_thread(self) -> str | None:
         """The name of a thread that has ended and should not have, or None."""
