@@ -2,6 +2,8 @@
 
 A fenced block below `<!-- FUNCTION/FILE -->` is that file of that function. A main.go is built first, as the text says,
 and a Dockerfile makes an image of the same folder, which is deployed too.
+
+The map of docs/ARCHITECTURE.md has each module, and the links of every page lead somewhere.
 """
 
 import io
@@ -27,6 +29,11 @@ def examples(text):
     for function, file, content in BLOCK.findall(text):
         found.setdefault(function, {})[file] = content
     return found
+
+
+def anchor(title):
+    """What GitHub calls a section of that title."""
+    return re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-')
 
 
 def archive(folder):
@@ -61,6 +68,35 @@ class Reading(unittest.TestCase):
         text = '<!-- a/x.py -->\n```python\nx\n\ny\n```\n\n    x\n\n'
         text += '<!-- b/x -->\n```\nz\n```\n<!-- a/y -->\n```\n1\n```\n'
         self.assertEqual({'a': {'x.py': 'x\n\ny\n', 'y': '1\n'}, 'b': {'x': 'z\n'}}, examples(text))
+
+
+class Pages(unittest.TestCase):
+    def test_the_map_has_each_module(self):
+        rooms = ('', 'control', 'handlers/serving', 'handlers/containers', 'handlers/images', 'host')
+        modules = {str(path.relative_to(lab.REPO)) for room in rooms for path in (lab.REPO / room).glob('*.py')}
+        text = (lab.REPO / 'docs/ARCHITECTURE.md').read_text().partition('\n## The rooms\n')[2].partition('\n## ')[0]
+        rows = re.findall(r'^\| `([\w./]+)` \|', text, re.MULTILINE)
+        self.assertEqual(sorted({*modules, 'faas'}), sorted(rows))
+
+    def test_the_readme_names_how_to_contribute(self):
+        part = (lab.REPO / 'README.md').read_text().partition('\n## Contribute\n')[2]
+        self.assertIn('(CONTRIBUTING.md)', part)
+        self.assertIn('    make check\n', part)
+
+    def test_the_links_lead_somewhere(self):
+        pages = [*lab.REPO.glob('*.md'), *lab.REPO.glob('docs/*.md')]
+        fence = re.compile(r'^```.*?^```$', re.DOTALL | re.MULTILINE)
+        texts = {page.resolve(): fence.sub('', page.read_text()) for page in pages}
+        link = re.compile(r'\]\((?!https?:)([^)]+)\)')
+        found = [(page, target) for page, text in texts.items() for target in link.findall(text)]
+        self.assertGreater(len(found), 20)
+        for page, place in found:
+            file, _, section = place.partition('#')
+            with self.subTest(place, page=page.name):
+                target = (page.parent / file).resolve() if file else page
+                self.assertTrue(target.exists())
+                if section:
+                    self.assertIn(section, [anchor(title) for title in re.findall(r'^#+ (.*)$', texts[target], re.M)])
 
 
 @lab.needs_root

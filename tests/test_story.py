@@ -1,4 +1,4 @@
-"""The README's story: its commands typed on a server and a laptop, its outputs compared with the real ones.
+"""The story of README and tutorial: commands typed on a server and a laptop, outputs compared with the real ones.
 
 A ```console block below `<!-- on the server -->` or `<!-- on the laptop -->` is typed there: `$ ` begins a command,
 `> ` continues it, the rest is its output. Both are machines with systemd as PID 1; see boot.py.
@@ -9,7 +9,7 @@ import unittest
 
 from tests import boot, lab
 
-README = lab.REPO / 'README.md'
+PAGES = lab.REPO / 'README.md', lab.REPO / 'docs' / 'TUTORIAL.md'  # in the order in which they are typed
 BLOCK = re.compile(r'^<!-- on the (server|laptop)(: fails)? -->\n```console\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 FOLDER = 'faasd'                                    # in joe's home
 REBOOT = 'sudo reboot'
@@ -29,7 +29,7 @@ CHANGING = (
 
 
 def steps(text):
-    """[(host, fails, command, output)] of a README."""
+    """[(host, fails, command, output)] of a page."""
     found = []
     for host, fails, body in BLOCK.findall(text):
         for part in re.split(r'^\$ ', body, flags=re.MULTILINE)[1:]:
@@ -88,8 +88,10 @@ class Reading(unittest.TestCase):
 
 @lab.needs_root
 class Story(unittest.TestCase):
-    def test_the_readme(self):
-        story = steps(README.read_text())
+    def test_the_readme_and_the_tutorial(self):
+        pages = [steps(page.read_text()) for page in PAGES]
+        self.assertTrue(all(pages), 'a page without a command')
+        story = [step for page in pages for step in page]
         self.assertGreater(len(story), 15)
         with boot.lan() as lan:
             stage = Stage(lan)
