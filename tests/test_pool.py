@@ -389,7 +389,7 @@ class Serving(inside.InHost):
         runtime = int(pathlib.Path(children).read_text().split()[0])
         os.kill(runtime, signal.SIGSTOP)
         clients = [function.connect() for _ in range(400)]  # more than a socket buffer of messages
-        lab.wait_until(lambda: function.pool._pending, 5, 'the channel to be full')
+        lab.wait_until(lambda: function.pool._waiting, 5, 'the channel to be full')
         os.kill(runtime, signal.SIGCONT)
         self.assertEqual({b'revision 1'}, {inside.read_all(client) for client in clients})
 

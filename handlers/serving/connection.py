@@ -1,10 +1,12 @@
-"""An accepted connection whose instance has died: how far it came, and what the client is told."""
+"""Accepted connections: those that wait for an instance, and those whose instance has died."""
 
+import collections
 import contextlib
 import fcntl
 import socket
 import struct
 import termios
+import weakref
 
 from handlers.containers import protocol
 
@@ -41,3 +43,54 @@ def refuse(connection: socket.socket) -> None:
         connection.send(protocol.BAD_GATEWAY, socket.MSG_DONTWAIT)
         connection.shutdown(socket.SHUT_WR)
     connection.close()
+
+
+class Waiting(collections.deque):
+    """Accepted connections (owned) that no instance has, the oldest first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._retried = weakref.WeakSet()  # connections that one instance left untouched when it died
+
+    def hand_to(self, instance: object) -> None:
+        """Send what waits to `instance`, until it takes no more."""
+        while self and instance.send(self[0]):
+            self.popleft()
+
+    def add_orphan(self, connection: socket.socket, retry: bool) -> None:
+        """Do right by the client of an instance that died. What it had not touched waits for another one, once."""
+        received, answered = progress(connection)
+        if answered:  # the client must not take a part for the whole
+            reset(connection)
+        elif received or connection in self._retried or not retry:
+            refuse(connection)
+        else:
+            self._retried.add(connection)
+            self.append(connection)
+
+    def refuse_all(self) -> None:
+        """Answer 502 to what waits."""
+        while self:
+            refuse(self.popleft())
+
+    def close_all(self) -> None:
+        """Close what waits. The clients see the end of a connection from which nobody has read."""
+        while self:
+            self.popleft().close()
+
+
+class ConnectionCounts:
+    """How many connections of one address each user id holds, as of one look at the kernel's table."""
+
+    def __init__(self) -> None:
+        self._by_uid: dict[int, int] = {}
+        self._looked = 0.0
+
+    def update(self, by_uid: dict[int, int], looked: float) -> None:
+        self._by_uid, self._looked = by_uid, looked
+
+    def of(self, ids: range, since: float) -> int | None:
+        """The connections of these user ids; None when nobody has looked after `since`."""
+        if self._looked <= since:
+            return None
+        return sum(count for uid, count in self._by_uid.items() if uid in ids)

@@ -21,6 +21,7 @@ from host.errors import FaasError
 INSTANCE_MAX_CONNECTIONS = 1024  # handed to one instance at a time; more wait in the listener's backlog
 MESSAGES_PER_TURN = 256  # of one instance before the others have their turn
 FULL_CHANNEL_RETRY_S = 0.005
+CLIENT_POLL_S = 0.2  # how often a deploy that takes long is asked whether anybody waits for it
 CLOSED_CHANNEL_MAX_S = 1  # how long an instance may live without a channel: most often it is ending by itself
 
 
@@ -162,6 +163,16 @@ class Instance:
     def begin(self) -> None:
         """Start it."""
         self._around.workers.submit(self._launch)
+
+    def wait_up(self, is_wanted: Callable[[], bool]) -> bool:
+        """Blocks until it is ready: True. False when it is wanted no more. Raises StartFailed."""
+        while True:
+            try:
+                self.up.result(CLIENT_POLL_S)
+                return True
+            except concurrent.futures.TimeoutError:
+                if not is_wanted():
+                    return False
 
     def fail(self, reason: str) -> None:
         """End it before begin()."""

@@ -4,18 +4,16 @@ Everything here runs in the loop's thread and never blocks, but for the methods 
 threads.
 """
 
-import collections
 import concurrent.futures
 import contextlib
 import socket
-import weakref
 from collections.abc import Callable
 
 from handlers.containers.bundle import ID_RANGE
 from handlers.containers.containers import Container
 from handlers.containers.logs import Log
 from handlers.serving import scaler
-from handlers.serving.connection import progress, refuse, reset
+from handlers.serving.connection import ConnectionCounts, Waiting
 from handlers.serving.instance import Instance, InstanceState, Revision, ServingMode, StartFailed, Surroundings
 from handlers.serving.instance_set import InstanceSet
 from handlers.serving.listeners import ListenerGroup
@@ -24,15 +22,14 @@ from handlers.serving.rollout import (
     KEEPALIVE_IDLE_S,
     REPLACED_INSTANCE_MAX_S,
     ROLLOUT_POLL_S,
-    SHARED_LISTENER_MAX_S,
     OwnerError,
     Rollout,
+    Trials,
 )
 from handlers.serving.scaler import Scaler
 
 __all__ = ['Pool', 'Revision', 'StartFailed', 'Surroundings']
 
-CLIENT_POLL_S = 0.2  # how often a start that takes its time is asked whether anybody waits for it
 DISCARDED_INSTANCE_MAX_S = 5  # how long an instance that never served may take to end
 
 
@@ -56,14 +53,12 @@ class Pool:
         self._set_accepting: Callable[[bool], None] = lambda accepting: None
         self._serving: Instance | None = None
         self._starting: Instance | None = None  # an instance of the live revision that serves as soon as it is ready
-        self._trials: dict[Instance, Rollout] = {}  # of instances that do not serve yet
+        self._trials = Trials(around)
         self._rollout: Rollout | None = None  # the last one that has cut over and drains
-        self._pending: collections.deque[socket.socket] = collections.deque()  # accepted, and nobody's yet
-        self._retried = weakref.WeakSet()  # connections that one instance left untouched when it died
+        self._waiting = Waiting()
         self._scaler = Scaler(around.idle_timeout_s, around.clock())
         self._closed: concurrent.futures.Future | None = None
-        self._counts: dict[int, int] = {}  # uid → connections, as of _counted
-        self._counted = 0.0
+        self._counts = ConnectionCounts()
 
     # For other threads
 
@@ -74,13 +69,10 @@ class Pool:
         """
         instance = self._make(self, revision, True)
         self.around.loop.call(self._try, instance)
-        while True:
-            try:
-                return instance.up.result(CLIENT_POLL_S)
-            except concurrent.futures.TimeoutError:
-                if not is_wanted():
-                    self.discard(instance)
-                    raise ConnectionAbortedError from None
+        if not instance.wait_up(is_wanted):
+            self.discard(instance)
+            raise ConnectionAbortedError
+        return instance
 
     def cut_over(self, instance: Instance) -> None:
         """Connections go to `instance` after this; the one before finishes what it holds."""
@@ -126,7 +118,7 @@ class Pool:
 
         Otherwise see to it that this changes.
         """
-        if self._serving and not self._pending and self._serving.takes():
+        if self._serving and not self._waiting and self._serving.takes():
             return True
         self._set_accepting(False)
         self._start_one()
@@ -134,20 +126,20 @@ class Pool:
 
     def dispatch(self, connection: socket.socket) -> None:
         """Hand an accepted connection (consumed) to the serving instance, or keep it until one can take it."""
-        if self._pending or not self._serving or not self._serving.send(connection):
-            self._pending.append(connection)
+        if self._waiting or not self._serving or not self._serving.send(connection):
+            self._waiting.append(connection)
             self._start_one()
 
     def look(self, counts: dict[int, int], counted: float) -> None:
         """Take in how many connections the function's address has, {uid: number}, as of `counted`."""
-        self._counts, self._counted = counts, counted
+        self._counts.update(counts, counted)
         serving = self._serving
         if not serving or self._closed:
             return
         if serving.listens_itself:
             with contextlib.suppress(OSError):  # it is looked at again in a second
                 self._group.revive()
-        if counts or self._pending or self._group.queued() or serving.connections:
+        if counts or self._waiting or self._group.queued() or serving.connections:
             self._scaler.used(counted)
         elif not self._scaler.wanted(counted, 1, waiting=False) and not self._starting and not self._trials:
             self._scale_to_zero()
@@ -169,8 +161,7 @@ class Pool:
         """Serve nothing more; a Future that is done when every instance has ended, after within_s at the latest."""
         self._closed = self._closed or concurrent.futures.Future()
         self._set_accepting(False)
-        while self._pending:
-            self._pending.pop().close()  # the client sees the end of a connection that nobody has read from
+        self._waiting.close_all()
         serving, drained = self._serving, None
         if self.serves_itself() and self._group.has_room:
             # What comes after this is refused in the end, as if nobody had listened.
@@ -187,17 +178,17 @@ class Pool:
 
     def flush(self) -> None:
         """Hand on what waits, since the serving instance may take more now."""
-        while self._pending and self._serving and self._serving.send(self._pending[0]):
-            self._pending.popleft()
-        while self._pending and self.serves_itself():  # it can be handed none
-            refuse(self._pending.popleft())
-        if self._serving and not self._serving.listens_itself and not self._pending and not self._closed:
+        if self.serves_itself():
+            self._waiting.refuse_all()  # it can be handed none
+        elif self._serving:
+            self._waiting.hand_to(self._serving)
+        if self._serving and not self._serving.listens_itself and not self._waiting and not self._closed:
             self._set_accepting(True)
 
     def served(self, instance: Instance) -> None:
         """`instance` is done with a connection."""
         if instance is self._serving and (
-            self._pending or len(instance.connections) == instance.max_connections - 1
+            self._waiting or len(instance.connections) == instance.max_connections - 1
         ):
             self.flush()
 
@@ -213,35 +204,24 @@ class Pool:
 
     def connections_of(self, container: Container, since: float = 0) -> int | None:
         """How many connections a container holds; None when nobody has looked after `since`."""
-        if self._counted <= since:
-            return None
-        ids = range(container.base, container.base + ID_RANGE)
-        return sum(number for uid, number in self._counts.items() if uid in ids)
+        return self._counts.of(range(container.base, container.base + ID_RANGE), since)
 
     def orphaned(self, connections: list[socket.socket]) -> None:
-        """Do right by the clients of an instance that died: what it had not touched goes to the next one, once."""
+        """An instance has died that held these connections (consumed)."""
         for connection in connections:
-            received, answered = progress(connection)
-            if answered:  # they must not take a part for the whole
-                reset(connection)
-            elif received or connection in self._retried or self.serves_itself() or self._closed:
-                refuse(connection)
-            else:
-                self._retried.add(connection)
-                self._pending.append(connection)
+            self._waiting.add_orphan(connection, retry=not self.serves_itself() and not self._closed)
 
     def ended(self, instance: Instance, before: InstanceState, reason: str) -> None:
         """`instance`, which was in state `before`, is dead."""
         self.instances.remove(instance)
         if self._rollout and instance is self._rollout.former:
-            self._pending.extend(self._rollout.former_ended())
+            self._waiting.extend(self._rollout.former_ended())
             self._rollout = None
         expected = before in (InstanceState.DRAINING, InstanceState.STOPPING)
         well = instance is self._serving and instance.ended_well(reason)
         if instance is self._serving:
             self._serving = None
-        if rollout := self._trials.pop(instance, None):
-            rollout.drop()
+        self._trials.drop(instance)
         if instance is self._starting:
             self._starting = None
         elif before == InstanceState.STARTING:
@@ -267,14 +247,11 @@ class Pool:
         if instance.state != InstanceState.STARTING or self._closed or not self._group:
             return self._fail(instance, 'it is being shut down')
         alone = not self._serving and self._starting in (None, instance)
-        rollout = Rollout(self._group, self.around, instance)
         try:
-            placed = rollout.give_listener(alone and not any(trial.shares_current for trial in self._trials.values()))
+            if not self._trials.place(instance, self._group, alone):
+                return self.around.loop.later(ROLLOUT_POLL_S, self._try, instance)
         except OSError as error:
             return self._fail(instance, f'no listener: {error.strerror}')
-        if not placed:
-            return self.around.loop.later(ROLLOUT_POLL_S, self._try, instance)
-        self._trials[instance] = rollout
         self.instances.add(instance)
         instance.begin()
 
@@ -285,15 +262,14 @@ class Pool:
 
     def _discard(self, instance, within_s=DISCARDED_INSTANCE_MAX_S):
         instance.stop(0, within_s)
-        if rollout := self._trials.pop(instance, None):
-            rollout.drop()
+        self._trials.drop(instance)
 
     def _start_one(self):
         """Start an instance if there is none and none is on its way, not before the delay after a crash is over."""
         if self._serving or self._starting or self._closed or self.revision is None:
             return
-        if any(trial.shares_current for trial in self._trials.values()):
-            return  # no other may be at the same listener
+        if self._trials.at_current_listener():
+            return
         now = self.around.clock()
         if not self._scaler.wanted(now, 0, waiting=True):
             return self.around.loop.later(self._scaler.delay_s(now), self._retry)
@@ -301,7 +277,7 @@ class Pool:
         self._try(self._starting)
 
     def _retry(self):
-        if self._pending:
+        if self._waiting:
             self._start_one()
         elif not self._serving and not self._starting and not self._closed:
             self._set_accepting(True)  # who waits in the backlog, or comes next, starts it
@@ -326,14 +302,15 @@ class Pool:
             rollout = Rollout(self._group, self.around)
         if rollout.must_wait(self._serving):
             return self.around.loop.later(ROLLOUT_POLL_S, self._cut_over, instance)
-        self._trials.pop(instance, None)
+        self._trials.end(instance)
         if self._starting not in (None, instance):
             self._starting.stop(KEEPALIVE_IDLE_S, REPLACED_INSTANCE_MAX_S)
         self._starting = None
         try:
             self._roll_out(rollout)
         except (OSError, OwnerError) as error:
-            self._share_or_discard(rollout, error)
+            self.around.emit('handler', f'{self.name}: no listener for an instance: {error}', name=self.name)
+            self._serving = rollout.fall_back(self._serving)
         former, self.revision = self.revision, revision
         if former is not None and former.folder != revision.folder:
             self.instances.replaced(former.folder)
@@ -350,22 +327,10 @@ class Pool:
         """Have the rollout's successor serve, or nobody. Raises OSError when there is no listener, OwnerError."""
         self._set_accepting(False)
         former = self._serving
-        rollout.cut_over(former, self._pending, within_s)
+        rollout.cut_over(former, self._waiting, within_s)
         if rollout.former:
             self._rollout = rollout
         self._serving = rollout.successor
-
-    def _share_or_discard(self, rollout, error):
-        """The successor cannot have a listener of its own; the former instance, if any, ends soon."""
-        former, successor = self._serving, rollout.successor
-        if former:
-            former.stop(0, SHARED_LISTENER_MAX_S)
-            self.around.emit('handler', f'{self.name}: no listener for an instance: {error}', name=self.name)
-        if successor and successor.listens_itself:
-            rollout.drop()
-            successor.stop(0, REPLACED_INSTANCE_MAX_S)
-            successor = None  # the next connection starts another at the current listener
-        self._serving = successor
 
     def _scale_to_zero(self):
         """Stop the instance of a function that nobody uses. The next connection starts one."""
@@ -394,7 +359,6 @@ class Pool:
         self.around.emit('handler', f'{self.name}: {text}', name=self.name, problem=True)
 
     def _close_if_done(self):
-        while self._pending:
-            refuse(self._pending.pop())
+        self._waiting.refuse_all()
         if not self.instances and not self._closed.done():
             self._closed.set_result(None)

@@ -156,6 +156,16 @@ class Rollout:
                     self._waiting.appendleft(connection)
                     return
 
+    def fall_back(self, former: Instance | None) -> Instance | None:
+        """The successor cannot have a listener of its own; `former` ends soon. Returns what serves now."""
+        if former:
+            former.stop(0, SHARED_LISTENER_MAX_S)
+        if self.successor and self.successor.listens_itself:
+            self.drop()
+            self.successor.stop(0, REPLACED_INSTANCE_MAX_S)
+            return None  # the next connection starts another at the current listener
+        return self.successor
+
     def former_ended(self) -> list[socket.socket]:
         """The former instance has ended. Returns what it has not taken (the caller's now)."""
         self.phase = Phase.DONE
@@ -163,3 +173,41 @@ class Rollout:
         left = list(self._waiting)
         self._waiting.clear()
         return left
+
+
+class Trials:
+    """The rollouts of instances that do not serve yet."""
+
+    def __init__(self, around: Surroundings) -> None:
+        self._around = around
+        self._rollouts: dict[Instance, Rollout] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._rollouts)
+
+    def place(self, instance: Instance, group: ListenerGroup, alone: bool) -> bool:
+        """Give `instance` what it needs to start. False while there is no room. Raises OSError.
+
+        It shares the current listener when it is `alone`: no other serves there, or will.
+        """
+        rollout = Rollout(group, self._around, instance)
+        if not rollout.give_listener(alone and not self.at_current_listener()):
+            return False
+        self._rollouts[instance] = rollout
+        return True
+
+    def at_current_listener(self) -> bool:
+        """True if one may begin to accept at the current listener: no other may be started there."""
+        return any(rollout.shares_current for rollout in self._rollouts.values())
+
+    def get(self, instance: Instance) -> Rollout | None:
+        return self._rollouts.get(instance)
+
+    def end(self, instance: Instance) -> None:
+        """The trial of `instance` is over: it serves."""
+        self._rollouts.pop(instance, None)
+
+    def drop(self, instance: Instance) -> None:
+        """`instance` will not serve."""
+        if rollout := self._rollouts.pop(instance, None):
+            rollout.drop()
