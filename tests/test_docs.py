@@ -78,6 +78,17 @@ class Pages(unittest.TestCase):
         rows = re.findall(r'^\| `([\w./]+)` \|', text, re.MULTILINE)
         self.assertEqual(sorted({*modules, 'faas'}), sorted(rows))
 
+    def test_what_the_map_names_is_in_the_code(self):
+        paths = [path for top in ('control', 'handlers', 'host') for path in (lab.REPO / top).rglob('*.py')]
+        code = '\n'.join(path.read_text() for path in [*lab.REPO.glob('*.py'), *paths])
+        pages = [(lab.REPO / page).read_text() for page in ('docs/ARCHITECTURE.md', 'CONTRIBUTING.md')]
+        names = re.findall(r'\b([A-Z][a-z]\w+)\.(?!test_)(\w+)', '\n'.join(pages))
+        self.assertGreater(len(names), 20)
+        for kind, member in names:
+            with self.subTest(f'{kind}.{member}'):
+                self.assertTrue(re.search(rf'\nclass {kind}\b', code))
+                self.assertTrue(re.search(rf'(def |self\.){member}\b', code))
+
     def test_the_readme_names_how_to_contribute(self):
         part = (lab.REPO / 'README.md').read_text().partition('\n## Contribute\n')[2]
         self.assertIn('(CONTRIBUTING.md)', part)
