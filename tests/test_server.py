@@ -42,9 +42,10 @@ class Instance(fakes.FakeInstance):
 
 class Function:
     def __init__(self, stack, descriptors=None):
-        self.events, self.stack = [], stack
+        self.events, self.stack, self.made = [], stack, []
         process.run(['ip', '-6', 'address', 'replace', f'{ADDRESS}/128', 'dev', 'lo', 'nodad'])
         self.loop = Loop()
+        stack.callback(self.close_taken)
         stack.callback(self.loop.stop)
         self.around = pool.Surroundings(
             self.loop, None, None, fakes.FakeWorkers(), lambda *_, **__: None, 5, forget=lambda folder: None
@@ -53,9 +54,18 @@ class Function:
         self.open()
 
     def open(self):
-        self.pool = pool.Pool('test', fakes.FakeLog(), self.around, fakes.revision(1), Instance)
+        self.pool = pool.Pool('test', fakes.FakeLog(), self.around, fakes.revision(1), self.make)
         self.server.add_listener(ADDRESS, 'test', self.pool)
         self.stack.callback(self.server.close_listener, ADDRESS, 0)
+
+    def make(self, *args):
+        self.made.append(Instance(*args))
+        return self.made[-1]
+
+    def close_taken(self):
+        for instance in self.made:
+            for connection in instance.took:
+                connection.close()
 
     def note(self, area, text, name=None, problem=False):
         self.events.append((problem, text))
@@ -203,7 +213,7 @@ class Server(inside.InHost):
     def test_a_pool_that_fails_leaves_no_listener(self):
         function = Function(self.stack)
         self.close(function)
-        broken = pool.Pool('test', fakes.FakeLog(), function.around, fakes.revision(1), Instance)
+        broken = pool.Pool('test', fakes.FakeLog(), function.around, fakes.revision(1), self.make)
 
         def open_(*_):
             raise RuntimeError('broken')
