@@ -213,7 +213,7 @@ class Server(inside.InHost):
     def test_a_pool_that_fails_leaves_no_listener(self):
         function = Function(self.stack)
         self.close(function)
-        broken = pool.Pool('test', fakes.FakeLog(), function.around, fakes.revision(1), self.make)
+        broken = pool.Pool('test', fakes.FakeLog(), function.around, fakes.revision(1), function.make)
 
         def open_(*_):
             raise RuntimeError('broken')
