@@ -10,9 +10,8 @@ PYTHON := $(shell for p in python3 /usr/bin/python3 python3.14 python3.13 python
 AS_ROOT = $(SUDO) env PATH="$(PATH)" TERM="$(TERM)" NO_COLOR="$(NO_COLOR)" PYTHONDONTWRITEBYTECODE=1
 RUFF = $(shell command -v ruff || ls .venv-lint/bin/ruff 2>/dev/null)
 SCRIPTS = deps.sh install.sh .ci/run
-# TYPES=1: public functions have annotations. A function without any fails by the first; one that has some and lacks
+# Public functions have annotations. A function without any fails by the first run of ruff; one that has some and lacks
 # that of a parameter by the second, which ruff cannot tell in one run.
-TYPES =
 RETURNS = ANN201,ANN205,ANN206
 
 .PHONY: help deps demo install uninstall check test bench lint lint-tools lint-present clean python
@@ -58,8 +57,8 @@ lint: lint-tools
 
 lint-present:
 	@if [ -z "$(RUFF)" ]; then echo 'ruff is not installed: skipped (make lint installs it)'; else set -ex; \
-		$(RUFF) check $(if $(TYPES),--extend-select $(RETURNS)) .; \
-		$(if $(TYPES),$(RUFF) check --select ANN001 --config lint.flake8-annotations.ignore-fully-untyped=true .;) \
+		$(RUFF) check --extend-select $(RETURNS) .; \
+		$(RUFF) check --select ANN001 --config lint.flake8-annotations.ignore-fully-untyped=true .; \
 	fi
 	@if ! command -v shellcheck >/dev/null; then echo 'shellcheck is not installed: skipped (make lint installs it)'; \
 		else set -x; shellcheck $(SCRIPTS); fi

@@ -91,7 +91,7 @@ class Daemon:
         self._problems = Problems(self._emit)
         self._handover, self._forwarders = False, []
         self._storage = Storage(STATE, RUN, self._emit)
-        self._servers: list[ControlServer] = []
+        self._threads = [events.thread]  # that must live while faasd does
         self.vpn = self._make_vpn()
         self.firewall = Firewall(
             settings['nft_table'], settings['wg_interface'], registry.GATEWAY, registry.ZONE_SERVER
@@ -222,14 +222,16 @@ class Daemon:
         workers = concurrent.futures.ThreadPoolExecutor(max_workers=4, thread_name_prefix='instances')
         self._undo.callback(workers.shutdown)
         self.server = FaaSServer(self.loop, self._emit)
+        copier, injector = LogCopier(), Injector()
+        self._threads += [self.loop.thread, copier.thread, injector.thread]
         around = Surroundings(
             self.loop,
             self.containers,
-            LogCopier(),
+            copier,
             workers,
             self._emit,
             settings['start_timeout'],
-            Injector(),
+            injector,
             self.revisions.forget,
             settings['stop_timeout'],
             settings['idle_timeout'],
@@ -270,7 +272,7 @@ class Daemon:
         ):
             server = ControlServer(socket_, caller, limits, verbs, name)
             self._undo.callback(server.close)
-            self._servers.append(server)
+            self._threads.append(server.thread)
         self._undo.callback(self.enroll.close)
         newcomer = functools.partial(
             ControlServer, caller=lambda address: Caller('newcomer'), limits=ENROLL_LIMITS, verbs=verbs, name='enroll'
@@ -330,12 +332,12 @@ class Daemon:
         ]
         self.monitor = Monitor(checks, self._problems.report)
         self.monitor.start()
+        self._threads.append(self.monitor.thread)
         self._undo.callback(self.monitor.stop)
 
     def dead_thread(self) -> str | None:
         """The name of a thread that has ended and should not have, or None."""
-        threads = [self._events.thread, self.monitor.thread, *(server.thread for server in self._servers)]
-        return next((thread.name for thread in threads if not thread.is_alive()), None)
+        return next((thread.name for thread in self._threads if not thread.is_alive()), None)
 
     def abort(self, text: str) -> None:
         """End at once, as if killed: the next start repairs everything from the registry."""

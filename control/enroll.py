@@ -70,6 +70,8 @@ class EnrollPort:
     def adjust(self) -> None:
         """Listen while an invite is outstanding, and no longer. Raises EnrollUnavailable."""
         with self._lock:
+            if self._server is not None and not self._server.thread.is_alive():
+                self._shut()
             if self._wanted():
                 self._open()
             else:

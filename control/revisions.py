@@ -65,7 +65,8 @@ class Revisions:
 
     def collect_layers(self) -> None:
         def wanted() -> set[str]:
-            specs = pathlib.Path(self._functions).glob('*/*/spec.json')
+            folders = (self._functions, f'{self._functions}.unknown')  # the second: see registry.check_files
+            specs = [path for folder in folders for path in pathlib.Path(folder).glob('*/*/spec.json')]
             return {layer for path in specs for layer in read_spec(path.parent).layers}
 
         try:

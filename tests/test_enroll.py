@@ -2,6 +2,7 @@
 
 import errno
 import socket
+import threading
 import unittest
 
 from control.enroll import EnrollPort, EnrollUnavailable
@@ -16,7 +17,7 @@ class Server:
     """What serves the socket, without an API."""
 
     def __init__(self, sock):
-        self.sock = sock
+        self.sock, self.thread = sock, threading.main_thread()
         sock.listen()
 
     def close(self):
@@ -44,6 +45,18 @@ class Port(unittest.TestCase):
             self.assertEqual(errno.EADDRINUSE, caught.exception.errno)
         where = f'tcp 127.0.0.1:{self.port}'
         self.assertEqual([f'Invites can be redeemed at {where}', f'Closed {where}'] * 2, self.events)
+
+    def test_a_server_whose_thread_has_ended_is_replaced(self):
+        self.wanted = True
+        self.enroll.begin(Server)
+        ended = threading.Thread()
+        ended.start()
+        ended.join()
+        dead = self.enroll._server
+        dead.thread = ended
+        self.enroll.adjust()
+        self.assertIsNot(dead, self.enroll._server)
+        self.assertTrue(listens(self.port))
 
     def test_it_is_open_while_an_invite_is_made(self):
         self.enroll.begin(Server)

@@ -874,10 +874,15 @@ class LivesOfAServer(unittest.TestCase):
         with serving.standalone(self.host) as server:
             ipv6 = server.deploy('kept', serving.saying('kept')).json['ipv6']
             server.stop()
-            code = 'import sys, faasd\nfrom control.monitor import Monitor\nMonitor._run = lambda self: None\n'
-            code += 'sys.exit(faasd.main())\n'
-            done = self.host.run([serving.FAASD[0], '-c', code, '--standalone'], ok=(os.EX_SOFTWARE,))
-            self.assertIn('[faasd] the thread monitor has ended, and faasd with it', done.stdout)
+            for module, name, thread in (
+                ('control.monitor', 'Monitor', 'monitor'),
+                ('handlers.serving.injection', 'Injector', 'injector'),
+                ('handlers.containers.logs', 'LogCopier', 'logs'),
+            ):
+                code = f'import sys, faasd, {module}\n{module}.{name}._run = lambda self: None\n'
+                code += 'sys.exit(faasd.main())\n'
+                done = self.host.run([serving.FAASD[0], '-c', code, '--standalone'], ok=(os.EX_SOFTWARE,))
+                self.assertIn(f'[faasd] the thread {thread} has ended, and faasd with it', done.stdout)
             server.lines.clear()
             server.start()
             self.assertEqual('kept', server.get(ipv6))

@@ -90,7 +90,8 @@ class LogCopier:
 
     def __init__(self) -> None:
         self._epoll, self._pipes = select.epoll(), {}
-        threading.Thread(target=self._run, name='logs', daemon=True).start()
+        self.thread = threading.Thread(target=self._run, name='logs', daemon=True)
+        self.thread.start()
 
     def add(self, pipe: LogPipe) -> None:
         self._pipes[pipe.reader] = pipe

@@ -54,12 +54,12 @@ def _ioctl(fd, request, form, *values):
     return structure
 
 
-def flags_of(tid, fd):
+def flags_of(tid: int, fd: int) -> int:
     with open(f'/proc/{tid}/fdinfo/{fd}') as file:
         return int(re.search(r'flags:\s*(\d+)', file.read())[1], 8)
 
 
-def registrations(tid, fd):
+def registrations(tid: int, fd: int) -> list[tuple[int, int, int]]:
     """[(epoll descriptor there, events, data)] of the process's epoll instances that watch `fd`.
 
     What is past MOST_FDINFO is not looked at: a process may have millions of them for us to read.
@@ -78,7 +78,7 @@ def registrations(tid, fd):
     return found
 
 
-def move_registrations(found, fd, old, new):
+def move_registrations(found: list[tuple[int, int, int]], fd: int, old: int, new: int) -> None:
     """Have the epoll instances (owned copies in `found`) watch the socket `new` at number `fd` in place of `old`.
 
     Epoll knows what it watches by open file and number, so a thread with a descriptor table of its own puts both there.
@@ -119,11 +119,11 @@ class Injection:
         self._originals = []
         self._best = None  # (rank, family) of what was injected, the lower the better
 
-    def enough(self):
+    def enough(self) -> None:
         """Let every listen() go on inside from now on: the instance serves in another way."""
         self._candidates, self._any = (), False
 
-    def close(self):
+    def close(self) -> None:
         for original in self._originals:
             original.sock.close()
 
@@ -135,7 +135,7 @@ class Injection:
             return self._candidates.index(port)
         return len(self._candidates) if self._any else None
 
-    def answer(self, notify):
+    def answer(self, notify: int) -> None:
         """Serve one notification of the seccomp descriptor `notify`."""
         try:
             raw = _ioctl(notify, NOTIF_RECV, '80x')
@@ -218,17 +218,18 @@ class Injector:
     def __init__(self):
         self._epoll, self._watched = select.epoll(), {}  # fd → (owner of the descriptor, Injection, what to do)
         self._lock = threading.Lock()
-        threading.Thread(target=self._run, name='injector', daemon=True).start()
+        self.thread = threading.Thread(target=self._run, name='injector', daemon=True)
+        self.thread.start()
 
-    def add(self, notifier, injection):
+    def add(self, notifier: socket.socket, injection: Injection) -> None:
         """Answer by `injection` what comes from the containers that connect to `notifier` (both borrowed)."""
         self._watch(notifier, injection, self._accept)
 
-    def remove(self, injection):
+    def remove(self, injection: Injection) -> None:
         """Answer no more for an instance that has ended; its descriptors are closed."""
         with self._lock:
-            for fd, (owner, its, do) in list(self._watched.items()):
-                if its is injection:
+            for fd, (owner, watched_for, do) in list(self._watched.items()):
+                if watched_for is injection:
                     del self._watched[fd]
                     self._epoll.unregister(fd)
                     if do == self._answer:
@@ -285,5 +286,5 @@ class Injector:
             self._epoll.register(fd, select.EPOLLIN)
 
     @staticmethod
-    def _answer(notify, injection):
+    def _answer(notify: int, injection: Injection) -> None:
         injection.answer(notify)

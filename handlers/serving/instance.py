@@ -10,7 +10,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from handlers.containers import protocol
@@ -30,7 +30,7 @@ class StartFailed(FaasError):
 
     status = 422
 
-    def __init__(self, reason: str, log=(), hint: str | None = None) -> None:
+    def __init__(self, reason: str, log: Iterable[str] = (), hint: str | None = None) -> None:
         super().__init__(reason, hint)
         self.log = list(log)
 

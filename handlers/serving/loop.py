@@ -21,8 +21,8 @@ class Loop:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._running = True
         self.watch(self._wake, lambda: os.eventfd_read(self._wake))
-        self._thread = threading.Thread(target=self._run, name='loop', daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name='loop', daemon=True)
+        self.thread.start()
 
     def call(self, function: Callable, *args) -> None:
         """Run it in the loop's thread soon. From any thread."""
@@ -36,7 +36,7 @@ class Loop:
         return done.result()
 
     @staticmethod
-    def _answer(done, function, args):
+    def _answer(done: concurrent.futures.Future, function: Callable, args: tuple) -> None:
         try:
             done.set_result(function(*args))
         except BaseException as error:
@@ -59,7 +59,7 @@ class Loop:
     def stop(self) -> None:
         """End the thread. From any other thread."""
         self.call(setattr, self, '_running', False)
-        self._thread.join()
+        self.thread.join()
         self._epoll.close()
         os.close(self._wake)
 
@@ -77,7 +77,7 @@ class Loop:
                 self._safely(function, *args)
 
     @staticmethod
-    def _safely(function, *args):
+    def _safely(function: Callable, *args: object) -> None:
         try:
             function(*args)
         except Exception:  # a fault in one function's affairs is not the others'

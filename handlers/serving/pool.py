@@ -33,34 +33,8 @@ __all__ = ['Pool', 'Revision', 'StartFailed', 'Surroundings']
 DISCARDED_INSTANCE_MAX_S = 5  # how long an instance that never served may take to end
 
 
-class Pool:
-    """The instances of one function. At most one serves; replaced ones finish what they hold."""
-
-    def __init__(
-        self,
-        name: str,
-        log: Log,
-        around: Surroundings,
-        revision: Revision | None = None,
-        make: Callable[..., Instance] = make_instance,
-    ) -> None:
-        """`revision` is the live one, None before the first."""
-        self.name, self.log, self.around, self.revision = name, log, around, revision
-        self.crash_reason: str | None = None  # why the last instance ended that should not have
-        self.instances = InstanceSet(lambda folder: around.workers.submit(around.forget, folder))
-        self._make = make
-        self._group: ListenerGroup | None = None
-        self._set_accepting: Callable[[bool], None] = lambda accepting: None
-        self._serving: Instance | None = None
-        self._starting: Instance | None = None  # an instance of the live revision that serves as soon as it is ready
-        self._trials = Trials(around)
-        self._rollout: Rollout | None = None  # the last one that has cut over and drains
-        self._waiting = Waiting()
-        self._scaler = Scaler(around.idle_timeout_s, around.clock())
-        self._closed: concurrent.futures.Future | None = None
-        self._counts = ConnectionCounts()
-
-    # For other threads
+class ForOtherThreads:
+    """The methods of Pool that block. They are not for the loop's thread."""
 
     def start(self, revision: Revision, is_wanted: Callable[[], bool] = lambda: True) -> Instance:
         """Blocks until an instance of the Revision is ready, and returns it.
@@ -83,6 +57,30 @@ class Pool:
         self.around.loop.call(self._discard, instance)
         instance.gone.result()
 
+
+class Pool(ForOtherThreads):
+    """The instances of one function. At most one serves; replaced ones finish what they hold."""
+
+    def __init__(
+        self, name: str, log: Log, around: Surroundings, revision: Revision | None = None,
+        make: Callable[..., Instance] = make_instance,
+    ) -> None:
+        """`revision` is the live one, None before the first."""
+        self.name, self.log, self.around, self.revision = name, log, around, revision
+        self.crash_reason: str | None = None  # why the last instance ended that should not have
+        self.instances = InstanceSet(lambda folder: around.workers.submit(around.forget, folder))
+        self._make = make
+        self._group: ListenerGroup | None = None
+        self._set_accepting: Callable[[bool], None] = lambda accepting: None
+        self._serving: Instance | None = None
+        self._starting: Instance | None = None  # an instance of the live revision that serves as soon as it is ready
+        self._trials = Trials(around)
+        self._rollout: Rollout | None = None  # the last one that has cut over and drains
+        self._waiting = Waiting()
+        self._scaler = Scaler(around.idle_timeout_s, around.clock())
+        self._closed: concurrent.futures.Future | None = None
+        self._counts = ConnectionCounts()
+
     def status(self) -> tuple[str, str | None]:
         """(status, reason or None) as the API says it."""
         serving = self._serving
@@ -95,10 +93,7 @@ class Pool:
     # For the server, in the loop's thread
 
     def open(
-        self,
-        group: ListenerGroup,
-        set_accepting: Callable[[bool], None],
-        adopted: Container | None = None,
+        self, group: ListenerGroup, set_accepting: Callable[[bool], None], adopted: Container | None = None
     ) -> None:
         """Serve what comes to `group` (borrowed), by the `adopted` container if there is one.
 
@@ -187,9 +182,7 @@ class Pool:
 
     def served(self, instance: Instance) -> None:
         """`instance` is done with a connection."""
-        if instance is self._serving and (
-            self._waiting or len(instance.connections) == instance.max_connections - 1
-        ):
+        if instance is self._serving and (self._waiting or len(instance.connections) == instance.max_connections - 1):
             self.flush()
 
     def ready(self, instance: Instance) -> None:
@@ -355,8 +348,8 @@ class Pool:
         self._scaler.failed(self.around.clock(), instance.age_s())
         self.crash_reason = reason
         self.around.workers.submit(self.log.append, f'[faasd] {reason}\n'.encode())  # where a person looks first
-        text = f'the instance {reason}' if before == InstanceState.READY else reason
-        self.around.emit('handler', f'{self.name}: {text}', name=self.name, problem=True)
+        subject = f'{self.name}: the instance' if before == InstanceState.READY else f'{self.name}:'
+        self.around.emit('handler', f'{subject} {reason}', name=self.name, problem=True)
 
     def _close_if_done(self):
         self._waiting.refuse_all()
