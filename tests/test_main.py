@@ -15,7 +15,7 @@ from tests import __main__ as runner
 from tests import inside, lab
 
 # What the tests in `make check` may use of Debian beside Python. dpkg calls the packages with these Essential.
-ESSENTIAL = ('cat', 'head', 'printf', 'readlink', 'sh', 'sleep')
+ESSENTIAL = ('cat', 'cp', 'head', 'printf', 'readlink', 'rm', 'sh', 'sleep')
 NOBODY = ('setpriv', f'--reuid={inside.NOBODY}', f'--regid={inside.NOBODY}', '--clear-groups')
 
 
