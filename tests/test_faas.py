@@ -1252,6 +1252,7 @@ class TestIgnore(unittest.TestCase):
         '{a,b}', '.hidden', 'b.x', 'a^c', '[', 'x2/x/y', 'x2/y', 'q', ' x', '!!x',
     )
 
+    @lab.not_in_check
     def test_a_faasignore_is_read_as_git_reads_a_gitignore(self):
         """git itself is the judge: by each pattern, alone and with others, the same files are left out."""
         if shutil.which('git') is None:
