@@ -325,8 +325,8 @@ class Daemon:
             Check('addresses', self.addresses.sync_if_stale),
             Check('peers', self.peers.projection.sync_if_stale),
             Check('zone', self.zone.sync_if_stale),
-            Check('peers', self.peers.projection.heal, CLOSELY_S),
-            Check('zone', self.zone.heal, CLOSELY_S),
+            Check('peer files', self.peers.projection.heal, CLOSELY_S),
+            Check('zone file', self.zone.heal, CLOSELY_S),
             Check('corefile', lambda: self.dns.write_corefile(self._forwarders), CLOSELY_S),
             Check('removals', self.peers.write_removals, CLOSELY_S),
         ]
