@@ -20,7 +20,7 @@ class Check(NamedTuple):
     """`look()` heals what it can. It raises what is wrong with `area`; it returns False when that is not known.
 
     It is called every `period_s`, and at once when the `wakes` socket can be read from.
-    Two checks of one area would take back what the other has reported, unless one of them returns False when all is well.
+    Of two checks of one area, one must return False when all is well, or it takes back what the other has reported.
     """
 
     area: str
