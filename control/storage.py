@@ -72,8 +72,9 @@ class Storage:
     def look_at_disks(self) -> None:
         """Raises DiskRefuses; also when removals have used the reserve and there is no room for another."""
         for folder in self._folders:
-            if refusal := disk.look(folder):  # root may still write a little where nobody else can
-                raise refusal
-            disk.try_write(folder)
+            with contextlib.suppress(FileNotFoundError):  # other checks make a lost folder again, within seconds
+                if refusal := disk.look(folder):  # root may still write a little where nobody else can
+                    raise refusal
+                disk.try_write(folder)
         if not self._reserve.make():
             raise disk.refusal(errno.ENOSPC, self.state)
