@@ -34,7 +34,7 @@ from control.projection import Projection
 from control.repairs import Repairs
 from control.revisions import Revisions
 from control.server import ControlServer, Limits, Verbs
-from control.settings import BadSettings, read_settings
+from control.settings import read_settings
 from control.storage import Storage
 from control.supervisor import Supervisor
 from handlers.containers import bundle
@@ -48,6 +48,7 @@ from handlers.serving.server import FaaSServer
 from host import files, netlink, process, systemd
 from host.errors import EXPECTED, StartError
 from host.firewall import Firewall
+from host.guard import Guard, GuardUnavailable, Unguarded
 from host.version import VERSION
 
 __all__ = ['ControlAPI', 'Daemon', 'FaaSServer']
@@ -81,7 +82,9 @@ class Daemon:
     revisions: Revisions
     containers: Containers
     loop: Loop
+    injector: Injector
     server: FaaSServer
+    guard: Guard | Unguarded = Unguarded()
     functions: Functions | None = None
     monitor: Monitor
 
@@ -120,6 +123,7 @@ class Daemon:
             self._project_peers()
             left = self._prepare_containers()
             self._load_table()
+            self._load_guard()
             self._start_serving(left)
             self._start_dns()
             self._start_api()
@@ -170,9 +174,7 @@ class Daemon:
         self.vpn.write_wg0_conf()
 
     def _bring_up_network(self) -> None:
-        self.supervisor = Supervisor(
-            self.vpn, self.dns, f'{RUN}/children.json', self._emit, self._problems.report
-        )
+        self.supervisor = Supervisor(self.vpn, self.dns, f'{RUN}/children.json', self._emit, self._problems.report)
         self.supervisor.end_leftovers()
         self._make_host_ready()
         if self._standalone:
@@ -214,6 +216,18 @@ class Daemon:
         self.firewall.load()
         self._undo.callback(self._unless_left, self.firewall.remove)
 
+    def _load_guard(self) -> None:
+        settings = self._settings
+        guard = Guard(settings['cgroup'], f'faas-{self.registry.instance}', settings['id_base'])
+        try:
+            guard.start()
+            self._undo.callback(guard.close)
+            self.guard = guard
+        except GuardUnavailable as error:
+            if settings['guard'] != Unguarded.kind:
+                raise
+            self._emit('guard', f'{error}: FAAS_GUARD=table lets nftables alone hold passed sockets', problem=True)
+
     def _start_serving(self, left: list) -> None:
         settings = self._settings
         self.revisions.remove_strays(self.registry.functions())
@@ -221,9 +235,9 @@ class Daemon:
         self._undo.callback(self.loop.stop)
         workers = concurrent.futures.ThreadPoolExecutor(max_workers=4, thread_name_prefix='instances')
         self._undo.callback(workers.shutdown)
-        self.server = FaaSServer(self.loop, self._emit)
-        copier, injector = LogCopier(), Injector()
-        self._threads += [self.loop.thread, copier.thread, injector.thread]
+        self.server = FaaSServer(self.loop, self._emit, self.guard)
+        copier, self.injector = LogCopier(), Injector()
+        self._threads += [self.loop.thread, copier.thread, self.injector.thread]
         around = Surroundings(
             self.loop,
             self.containers,
@@ -231,7 +245,7 @@ class Daemon:
             workers,
             self._emit,
             settings['start_timeout'],
-            injector,
+            self.injector,
             self.revisions.forget,
             settings['stop_timeout'],
             settings['idle_timeout'],
@@ -262,7 +276,7 @@ class Daemon:
             self.supervisor.start_coredns(self._undo, self._forwarders)
 
     def _start_api(self) -> None:
-        health = Health(self._problems, self._events, self.functions.list)
+        health = Health(self._problems, self._events, self.functions.list, self.guard.kind)
         verbs = Verbs(self.functions, self.peers, health)
         sock = unix_socket(f'{RUN}/faasd.sock')
         self._undo.callback(files.remove_file, f'{RUN}/faasd.sock')
@@ -313,6 +327,8 @@ class Daemon:
         )
         checks = [
             Check('rules', repairs.table, CLOSELY_S, rules),
+            Check('guard', self.guard.heal),
+            Check('injector', self.injector.check),
             Check('connections', self.functions.count_connections),
             Check(interface, repairs.missing_interface),
             Check(interface, repairs.interface, CLOSELY_S, links),
@@ -402,7 +418,7 @@ def main() -> int:
     except EXPECTED as error:
         hint = getattr(error, 'hint', None)
         print(f'faasd: {error}{f" ({hint})" if hint else ""}', file=sys.stderr)
-        return os.EX_CONFIG if isinstance(error, BadSettings) else 1
+        return getattr(error, 'exit_code', 1)
     return 0
 
 

@@ -138,10 +138,12 @@ class Functions:
         containers, found = self._around.containers, {}
         for record, container in sorted(left, key=lambda each: -each[0]['start_time']):
             sock = None if record['function'] in found else containers.listener_of(record, container)
-            if sock:
+            if sock and self._server.guard.holds(sock):
                 found[record['function']] = Adopted(container, sock)
-            else:
-                self._end(container)
+                continue
+            if sock:
+                sock.close()
+            self._end(container)
         return found
 
     def _end(self, container: Container) -> None:

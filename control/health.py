@@ -35,10 +35,10 @@ class Problems:
 
 
 class Health:
-    """The answer of /api/health. `functions()` gives the items of /api/list."""
+    """The answer of /api/health. `functions()` gives the items of /api/list; `guard` is 'bpf' or 'table'."""
 
-    def __init__(self, problems: Problems, events: Events, functions: Callable[[], list[dict]]) -> None:
-        self._problems, self._events, self._functions = problems, events, functions
+    def __init__(self, problems: Problems, events: Events, functions: Callable[[], list[dict]], guard: str) -> None:
+        self._problems, self._events, self._functions, self._guard = problems, events, functions, guard
 
     def answer(self, with_recent: bool) -> dict[str, Any]:
         """What is wrong now; `with_recent`: what was, too, in words that are not for everybody."""
@@ -53,6 +53,7 @@ class Health:
         return {
             'status': 'degraded' if problems else 'ok',
             'version': VERSION,
+            'guard': self._guard,
             'problems': problems,
             'functions': {'live': len(listed), 'crashing': sum(item['status'] == 'crashing' for item in listed)},
             **({'recent': self._events.problems()} if with_recent else {}),

@@ -2,6 +2,7 @@
 
 import contextlib
 import ipaddress
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -55,6 +56,7 @@ SETTINGS = {  # name: (default, parser); docs/API.md has the same table, a test 
     'FAAS_WG_INTERFACE': ('wg0', matching(r'[a-zA-Z0-9_][\w.-]{0,14}', 'the name of an interface')),
     'FAAS_WG_PORT': ('51820', number(int, 1, 65535)),
     'FAAS_NFT_TABLE': ('faas', matching(r'[a-zA-Z]\w{0,30}', 'the name of a table')),
+    'FAAS_GUARD': ('bpf', matching('bpf|table', 'bpf or table')),
     'FAAS_ENROLL': ('invite', matching('invite|open', 'invite or open')),
     'FAAS_ENROLL_BIND': ('[::]:51820', endpoint),
     'FAAS_DNS_FORWARD': ('', resolvers),
@@ -74,6 +76,8 @@ SETTINGS = {  # name: (default, parser); docs/API.md has the same table, a test 
 
 class BadSettings(StartError):
     """A setting has a value that it cannot have. Another try would not help."""
+
+    exit_code = os.EX_CONFIG
 
 
 def read_settings(environ: Mapping[str, str], path: str = ENV_FILE) -> dict[str, Any]:

@@ -19,7 +19,9 @@ EXPECTED = (FaasError, OSError)
 
 
 class StartError(FaasError):
-    """faasd cannot start."""
+    """faasd cannot start. With `exit_code` os.EX_CONFIG another try would not help."""
+
+    exit_code = 1
 
 
 def is_scarce(error: OSError) -> bool:

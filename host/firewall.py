@@ -28,7 +28,8 @@ table inet {table} {{
     counter reject
   }}
   chain output {{ type filter hook output priority filter; policy accept;
-    meta mark {mark:#x} tcp flags & (syn | ack) == syn counter drop
+    socket mark {mark:#x} oifname != "{interface}" oifname != "lo" oifname != "faas-*" counter drop
+    socket mark {mark:#x} tcp flags & (syn | ack) == syn counter drop
   }}
   chain forward {{ type filter hook forward priority filter; policy accept;
     iifname "{interface}" counter drop

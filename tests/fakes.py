@@ -192,6 +192,7 @@ class FakeFunction:
             FakeWorkers(),
             lambda area, text, **more: self.events.append(text),
             5,
+            None,
             forget=self.forgotten.append,
             idle_timeout_s=idle_timeout_s,
             clock=self.loop.clock,

@@ -1,25 +1,32 @@
-"""A passed socket is a key to the host's network: the two ways to turn it, shut by the mark and the table.
+"""A passed socket is a key to the host's network: the ways to turn it, shut by the guard, the mark and the table.
 
 Each attack is seen to work without the rules first; else its failure would say nothing.
 """
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import socket
 import struct
+import threading
+import time
 import unittest
 
 import registry
 import vpn_manager
 from host import firewall
+from host.guard import Guard, Unguarded
 from tests import inside, lab, serving
 
 ADDRESS = 'fd00:faa5:1:0::a'
 CLONE_NEWNET = 0x40000000
+MAKER = 0x70000000  # the uid of the guard's maker
+IPV6_RTHDR, IPV6_FREEBIND = 57, 78
 
 
+REFUSED = 'PermissionError: [Errno 1] Operation not permitted'
 TABLE = firewall.Firewall('faas', 'wg0', registry.GATEWAY, registry.ZONE_SERVER)
 
 
@@ -32,9 +39,10 @@ def prepare():
     return manager
 
 
-def listening():
+def listening(guard=None):
     """A function's listener, as faasd has it."""
-    listener = socket.socket(socket.AF_INET6)
+    listener = (guard or Unguarded()).make()
+    listener.setblocking(True)
     listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, firewall.MARK)
@@ -90,20 +98,20 @@ class Stranger:
         os.waitpid(self.pid, 0)
         self.channel.close()
 
-    def give(self, owner=0):
+    def give(self, owner=0, guard=None):
         """Hand it a connection as faasd does; the first thing it says after that."""
         assert self.hear() == 'ready'
-        with listening() as listener:
+        with listening(guard) as listener:
             connection, client = accepted(listener)
             with connection, client:
                 os.fchown(connection.fileno(), owner, -1)
                 socket.send_fds(self.channel, [b'C'], [connection.fileno()])
                 return self.hear()
 
-    def give_listener(self):
+    def give_listener(self, guard=None):
         """Hand it the function's listener itself, as an injected server has it."""
         assert self.hear() == 'ready'
-        with listening() as listener:
+        with listening(guard) as listener:
             socket.send_fds(self.channel, [b'C'], [listener.fileno()])
             return self.hear()
 
@@ -168,6 +176,51 @@ def take_the_mark_off(connection, channel):
 def remembered(connection, channel):
     disconnect(connection)
     return f'{connection.getsockopt(socket.SOL_SOCKET, socket.SO_MARK):#x}'
+
+
+def bind_a_port(connection, channel):
+    disconnect(connection)
+    connection.bind(('::', 8080, 0, 0))
+    return 'bound'
+
+
+def bind_an_address_that_is_not_there(connection, channel):
+    disconnect(connection)
+    connection.setsockopt(socket.IPPROTO_IPV6, IPV6_FREEBIND, 1)
+    connection.bind(('fd00:faa5:1:0::f', 8080, 0, 0))
+    return 'bound'
+
+
+def reach_the_host_with_the_first_packet(connection, channel):
+    disconnect(connection)
+    connection.sendto(b'x', socket.MSG_FASTOPEN, ('::1', 5432))
+    return connection.recv(100).decode()
+
+
+def connect_to_itself(connection, channel):
+    """A simultaneous open, of one socket: a connection between two ports of the host without a listener."""
+    address, port, *_ = connection.getpeername()
+    disconnect(connection)
+    connection.bind((address, 40000, 0, 0))
+    connection.connect((address, 40000, 0, 0))
+    return 'connected'
+
+
+def route_by_a_header(connection, channel):
+    """IPV6_RTHDR of type 4 (RFC 8754): packets go to the address in it, whatever way that is."""
+    header = bytes([0, 2, 4, 0, 0, 0, 0, 0]) + socket.inet_pton(socket.AF_INET6, '2001:db8::99')
+    connection.setsockopt(socket.IPPROTO_IPV6, IPV6_RTHDR, header)
+    return 'set'
+
+
+def wait_at_close(connection, channel):
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 3600))
+    return 'set'
+
+
+def leave_the_group(listener, channel):
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+    return 'set'
 
 
 @contextlib.contextmanager
@@ -262,6 +315,42 @@ class PassedSocket(unittest.TestCase):
         self.assertEqual('joined', as_root, 'the attack itself does not work')
         self.assertRegex(as_another, 'Address already in use')
 
+    def test_the_guard_alone_refuses_what_the_table_cannot_see(self):
+        attacks = {
+            reach_the_host: 'the database',
+            reach_the_host_with_the_first_packet: 'the database',
+            connect_to_itself: 'connected',
+            bind_a_port: 'bound',
+            bind_an_address_that_is_not_there: 'bound',
+            join_a_listener: 'joined',
+            route_by_a_header: 'set',
+            wait_at_close: 'set',
+        }
+
+        def attack():
+            self.kept = prepare()
+            self.guard = guard = Guard('', 'faas-attacks', MAKER)
+            guard.start()
+            with open('/proc/sys/net/ipv4/ip_unprivileged_port_start', 'w') as file:
+                file.write('0')
+            told = {}
+            with database():
+                for each in attacks:
+                    for held in (None, guard):
+                        with Stranger(each) as stranger:
+                            told.setdefault(each.__name__, []).append(stranger.give(guard=held))
+            for held in (None, guard):
+                with Stranger(leave_the_group) as stranger:
+                    told.setdefault('leave_the_group', []).append(stranger.give_listener(held))
+            guard.close()
+            return told
+
+        told = inside.call(self.server, attack)
+        for each, (without, _) in told.items():
+            wanted = {'leave_the_group': 'set'} | {attack.__name__: text for attack, text in attacks.items()}
+            self.assertEqual(wanted[each], without, f'{each}: the attack itself does not work')
+        self.assertEqual(dict.fromkeys(told, REFUSED), {each: guarded for each, (_, guarded) in told.items()})
+
     def test_the_mark_stays_and_is_not_the_functions_to_change(self):
         def attack():
             self.kept = prepare()
@@ -277,7 +366,7 @@ class PassedSocket(unittest.TestCase):
 
 
 ATTACKER = """
-import ctypes, errno, fcntl, json, os, socket, struct
+import ctypes, errno, fcntl, json, os, socket, struct, threading, time
 
 def attempt(what):
     try:
@@ -295,36 +384,71 @@ def reach(sock):
     sock.connect(('::1', 5432))
     return sock.recv(100).decode()
 
+def insist(sock):
+    told, end = set(), time.monotonic() + 3
+    disconnect(sock)
+    sock.settimeout(0.2)
+    while time.monotonic() < end:
+        told.add(attempt(lambda: sock.connect(('::1', 5432))) or 'connected')
+        attempt(lambda: disconnect(sock))
+        time.sleep(0.0005)
+    return sorted(told)
+
 def listen(sock):
     disconnect(sock)
-    attempt(lambda: sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0))
-    sock.bind(('::', 0, 0, 0))
     sock.listen()
     return sock.getsockname()[1]
 
 def join(sock):
     address = sock.getsockname()
     disconnect(sock)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     sock.bind(address)
 
+def exchange(sock):
+    'listen() on a socket of its own, while a thread puts the passed one in its place.'
+    disconnect(sock)
+    fd, over, told = os.open('/dev/null', os.O_RDONLY), threading.Event(), set()
+    def swap():
+        while not over.is_set():
+            own = socket.socket(socket.AF_INET6)
+            os.dup2(own.fileno(), fd)
+            os.dup2(sock.fileno(), fd)
+            own.close()
+    thread = threading.Thread(target=swap)
+    thread.start()
+    libc, end = ctypes.CDLL(None, use_errno=True), time.monotonic() + 2
+    while time.monotonic() < end:
+        told.add('listens' if libc.listen(fd, 1) == 0 else errno.errorcode[ctypes.get_errno()])
+    over.set()
+    thread.join()
+    return sorted(told)
+
+def inside(sock):
+    tcp, unix = socket.socket(socket.AF_INET6), socket.socket(socket.AF_UNIX)
+    udp = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    tcp.bind(('::1', 0))
+    unix.bind('/tmp/own')
+    with open('/tmp/file', 'w') as file:
+        libc = ctypes.CDLL(None, use_errno=True)
+        told = [attempt(tcp.listen), attempt(udp.listen), attempt(unix.listen)]
+        for number in (file.fileno(), 999):
+            told.append(errno.errorcode[ctypes.get_errno()] if libc.listen(number, 1) else 'listens')
+    client = socket.create_connection(tcp.getsockname()[:2])
+    tcp.accept()[0].sendall(b'me')
+    return told + [client.recv(9).decode()]
+
 def handle(connection, address):
-    request = connection.recv(4096)
-    if request.startswith(b'GET /reach '):
-        answer = attempt(lambda: reach(connection))
-    elif request.startswith(b'GET /listen '):
-        answer = attempt(lambda: listen(connection))
-    elif request.startswith(b'GET /join '):
-        answer = attempt(lambda: join(connection))
-    else:
+    what = connection.recv(4096).split()[1][1:].decode()
+    if what == 'options':
         asked = 0x8912, 0x8913, 0x8927  # SIOCGIFCONF, SIOCGIFFLAGS, SIOCGIFHWADDR
         answer = [attempt(lambda: fcntl.ioctl(connection, each, bytearray(4096))) for each in asked]
         answer.append(attempt(lambda: connection.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0)))
-        text = json.dumps(answer).encode()
-        return connection.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n%s' % (len(text), text))
-    print('attack:', answer, flush=True)
-    if isinstance(answer, int):
-        keep.append(connection.dup())
+        linger = struct.pack('ii', 1, 3600)
+        answer.append(attempt(lambda: connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)))
+    else:
+        answer = attempt(lambda: globals()[what](connection))
+    print('attack:', json.dumps(answer), flush=True)
+    keep.append(connection.dup())
 
 keep = []
 """
@@ -334,42 +458,66 @@ keep = []
 class Deployed(unittest.TestCase):
     """The same from a deployed function, through everything that faasd puts around it."""
 
-    def said(self, server, count):
-        """What the function printed of its `count` attacks."""
+    def attack(self, server, ipv6, what):
+        """What the function says of an attack."""
 
         def lines():
             text = server.api('GET', '/api/logs/attacker').body.decode()
             return [line.partition(': ')[2] for line in text.splitlines() if line.startswith('attack: ')]
 
-        lab.wait_until(lambda: len(lines()) >= count, 10, f'attack {count}')
-        return lines()[count - 1]
+        before = len(lines())
+        server.get(ipv6, f'/{what}', ok=(0, 28, 52, 56), timeout_s=1)
+        return json.loads(lab.wait_until(lambda: lines()[before:], 10, what)[0])
+
+    def insist(self, host, server, ipv6):
+        """What it gets by trying all the time, while the rules are flushed again and again."""
+
+        def flush():
+            for _ in range(10):
+                host.run(['nft', 'flush', 'ruleset'])
+                time.sleep(0.2)
+
+        flusher = threading.Thread(target=flush)
+        flusher.start()
+        told = self.attack(server, ipv6, 'insist')
+        flusher.join()
+        return told
 
     def test_a_function_gets_nowhere_and_a_table_that_was_taken_away_returns(self):
-        with lab.pair() as (host, laptop), serving.standalone(host) as server:
+        with lab.pair() as (host, _), serving.standalone(host) as server:
+            self.assertEqual('bpf', server.api('GET', '/api/health').json['guard'])
+            host.run(['sh', '-c', 'echo 0 >/proc/sys/net/ipv4/ip_unprivileged_port_start'])
             deployed = server.deploy('attacker', {'handler.py': ATTACKER})
             self.assertEqual(200, deployed.status, deployed.body)
             ipv6 = deployed.json['ipv6']
-            self.assertEqual('["EPERM", "EPERM", "EPERM", "EPERM"]', server.get(ipv6))
             inside.call(host, serve, '::1', 5432)
-            server.get(ipv6, '/reach', ok=(0, 28, 52, 56))
-            self.assertIn(self.said(server, 1), ('TimeoutError', 'ETIMEDOUT'))
-            server.get(ipv6, '/listen', ok=(0, 28, 52, 56))
-            port = self.said(server, 2)
-            self.assertRegex(port, '^[0-9]+$')
-
-            def reached():
-                argv = ['curl', '-sg', '-m1.5', f'http://203.0.113.10:{port}']
-                return laptop.run(argv, ok=None).returncode
-
-            self.assertEqual(28, reached())  # dropped: no answer at all
-            host.run(['sh', '-c', 'echo 0 >/proc/sys/net/ipv4/ip_unprivileged_port_start'])
-            server.get(ipv6, '/join', ok=(0, 28, 52, 56))
-            self.assertEqual('EADDRINUSE', self.said(server, 3))
-            host.run(['nft', 'delete', 'table', 'inet', 'faas'])
+            sockets = host.run(['ss', '-Htlnp']).stdout
+            self.assertEqual(['EPERM'] * 5, self.attack(server, ipv6, 'options'))
+            for what in ('reach', 'listen', 'join'):
+                self.assertEqual('EPERM', self.attack(server, ipv6, what), what)
+            self.assertEqual(['EPERM', 'listens'], self.attack(server, ipv6, 'exchange'))
+            self.assertEqual(sockets, host.run(['ss', '-Htlnp']).stdout)
+            inner = [None, 'ENOTSUP', None, 'ENOTSOCK', 'EBADF', 'me']
+            self.assertEqual(inner, self.attack(server, ipv6, 'inside'))
+            self.assertEqual(['EPERM'], self.insist(host, server, ipv6))
             self.assertIn(
                 'faas', lab.wait_until(lambda: host.run(['nft', 'list', 'tables']).stdout, 5, 'the table again')
             )
-            self.assertEqual(28, reached())
+            self.assertEqual([], server.api('GET', '/api/health').json['problems'])
+
+    def test_without_the_guard_it_does_not_start_or_says_what_is_open(self):
+        with lab.pair() as (host, _):
+            host.run(['umount', '--lazy', '/sys/fs/cgroup/unified'])
+            server = serving.Server(host, '--standalone').start(wait=False)
+            self.assertEqual(os.EX_CONFIG, server.stop(0))
+            self.assertIn('none are mounted (FAAS_GUARD=table goes on with nftables alone', server.lines[-1])
+            with serving.standalone(host, FAAS_GUARD='table') as server:
+                self.assertTrue(server.printed('[guard] the socket guard needs cgroups of version 2'))
+                self.assertEqual('table', server.api('GET', '/api/health').json['guard'])
+                ipv6 = server.deploy('attacker', {'handler.py': ATTACKER}).json['ipv6']
+                inside.call(host, serve, '::1', 5432)
+                self.assertEqual('ETIMEDOUT', self.attack(server, ipv6, 'reach').replace('TimeoutError', 'ETIMEDOUT'))
+                self.assertIn('connected', self.insist(host, server, ipv6))
 
 
 @lab.needs_root
@@ -421,9 +569,9 @@ def serve(address, port):
     if os.fork() == 0:
         while True:
             client, _ = listener.accept()
-            client.recv(4096)
-            client.sendall(b'open\n')
-            client.close()
+            with client, contextlib.suppress(OSError):
+                client.recv(4096)
+                client.sendall(b'open\n')
     listener.close()
 
 

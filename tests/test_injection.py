@@ -18,6 +18,7 @@ from handlers.serving.instance import InstanceState, ServingMode
 from handlers.serving.loop import Loop
 from handlers.serving.server import Adopted, FaaSServer
 from host import process, sock_diag
+from host.guard import Unguarded
 from tests import inside, lab
 
 ADDRESS = 'fd00:faa5:1::a'
@@ -79,7 +80,7 @@ class Function:
             shutil.rmtree,
             **{'stop_timeout_s': 2, **around},
         )
-        self.server = FaaSServer(self.loop, lambda *_, **__: None)
+        self.server = FaaSServer(self.loop, lambda *_, **__: None, Unguarded())
         self.open()
         stack.callback(lambda: self.close(0).result(20))
         self._ended = threading.Event()

@@ -15,16 +15,18 @@ from unittest import mock
 from handlers.containers import logs, protocol
 from handlers.serving import instance, pool, scaler
 from handlers.serving.connection import progress
+from handlers.serving.injection import Injector
 from handlers.serving.instance import InstanceState
 from handlers.serving.loop import Loop
 from handlers.serving.server import FaaSServer
 from host import process
+from host.guard import Unguarded
 from tests import fakes, inside, lab
 
 ADDRESS = 'fd00:faa5:1::a'
 
 # Says its name. A request of "slow" waits until the file `go` is there, "half" answers a part and then waits, "die"
-# reads and dies, "listen" turns the connection into a listener and ends.
+# reads and dies, "disconnect" takes the connection from its client and ends.
 SOURCE = """
 import ctypes, os, time
 def wait():
@@ -34,9 +36,8 @@ def handle(connection, address):
     request = connection.recv(64)
     if request == b'die':
         os.kill(os.getpid(), 9)
-    if request == b'listen':
+    if request == b'disconnect':
         ctypes.CDLL(None).connect(connection.fileno(), bytes(16), 16)
-        connection.listen()
         os._exit(0)
     if request == b'half':
         connection.sendall(b'ha')
@@ -287,11 +288,11 @@ class Function:
         workers = stack.enter_context(concurrent.futures.ThreadPoolExecutor(4))
         prepared = stack.enter_context(inside.prepared())
         around = pool.Surroundings(
-            self.loop, prepared, logs.LogCopier(), workers, self.note, start_timeout_s, forget=shutil.rmtree
+            self.loop, prepared, logs.LogCopier(), workers, self.note, start_timeout_s, Injector(), shutil.rmtree
         )
         live = self.revision(1) if deployed else None
         self.pool = pool.Pool('test', logs.Log(str(self.folder / 'log')), around, live)
-        self.server = FaaSServer(self.loop, lambda *_, **__: None)
+        self.server = FaaSServer(self.loop, lambda *_, **__: None, Unguarded())
         process.run(['ip', '-6', 'address', 'replace', f'{ADDRESS}/128', 'dev', 'lo', 'nodad'])
         self.server.add_listener(ADDRESS, 'test', self.pool)
         self.listener = self.server._listeners[ADDRESS]
@@ -490,7 +491,7 @@ class Deaths(inside.InHost):
     def test_what_became_of_its_connections_does_not_keep_it_from_ending(self):
         function = Function(self.stack)
         instance = function.deploy(1)
-        function.connect(b'listen')
+        function.connect(b'disconnect')
         instance.gone.result(10)
         self.assertEqual('revision 1', function.ask())
 
@@ -508,7 +509,8 @@ class Deaths(inside.InHost):
                     events = function.events
                     lab.wait_until(lambda events=events: events, 5, 'its end')
                     self.assertIn('closed its channel', events[0][1])
-                self.assertLessEqual(len(os.listdir('/proc/self/fd')), before + 1)  # the copier's epoll
+                most = before + 2  # the epolls of the copier and of the injector
+                lab.wait_until(lambda most=most: len(os.listdir('/proc/self/fd')) <= most, 5, 'the closing of all')
 
     @inside.inside
     def test_one_that_is_on_its_way_gives_way_to_a_new_revision(self):

@@ -14,6 +14,7 @@ from handlers.serving import pool, server
 from handlers.serving.loop import Loop
 from handlers.serving.server import FaaSServer
 from host import process
+from host.guard import Unguarded
 from tests import fakes, inside, lab
 
 ADDRESS = 'fd00:faa5:1::a'
@@ -48,9 +49,9 @@ class Function:
         stack.callback(self.close_taken)
         stack.callback(self.loop.stop)
         self.around = pool.Surroundings(
-            self.loop, None, None, fakes.FakeWorkers(), lambda *_, **__: None, 5, forget=lambda folder: None
+            self.loop, None, None, fakes.FakeWorkers(), lambda *_, **__: None, 5, None, lambda folder: None
         )
-        self.server = FaaSServer(self.loop, self.note, descriptors)
+        self.server = FaaSServer(self.loop, self.note, Unguarded(), descriptors)
         self.open()
 
     def open(self):

@@ -30,8 +30,11 @@ class Configurations(NamedTuple):
     cgroup: str
     rootfs: str
 
-    def shared(self, ident: str, name: str, spec: Spec, base: int) -> dict:
-        """The part that is alike for folders and images. `base` is the first host id."""
+    def shared(self, ident: str, name: str, spec: Spec, base: int, notifier: str) -> dict:
+        """The part that is alike for folders and images. `base` is the first host id.
+
+        Whoever listens at the unix socket `notifier` is asked for each listen().
+        """
         memory, pids, cpus = self.limits
         files = min(8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1])  # a container cannot have more than we do
         resources = {
@@ -77,7 +80,7 @@ class Configurations(NamedTuple):
                 'gidMappings': ids,
                 'cgroupsPath': f'{self.cgroup}/{ident}',
                 'resources': resources,
-                'seccomp': seccomp.IMAGE if spec.layers else seccomp.FOLDER,
+                'seccomp': seccomp.notifying(seccomp.IMAGE if spec.layers else seccomp.FOLDER, notifier),
                 'maskedPaths': [
                     '/proc/acpi',
                     '/proc/asound',
@@ -162,7 +165,6 @@ class Configurations(NamedTuple):
         linux = config['linux']
         linux['readonlyPaths'] = [*linux['readonlyPaths'], '/sys/fs/cgroup']  # runc leaves the top folder writable
         linux['sysctl'] = {'net.ipv4.ip_unprivileged_port_start': '0'}
-        linux['seccomp'] = seccomp.notifying(linux['seccomp'], os.path.join(bundle, 'notify.sock'), '')
 
 
 # Valid only in the instance's user namespace. KILL: a master that is root, such as gunicorn's, ends its workers.

@@ -22,6 +22,7 @@ from host import process, sock_diag
 from host.errors import EXPECTED, FaasError
 
 ID_SLOTS = 4096
+NOTIFIER = 'notify.sock'  # where the OCI runtime brings the descriptor that asks for each listen()
 LEFTOVERS_END_S = 10  # how long killed containers of a former run may take to end
 
 
@@ -191,11 +192,11 @@ class Containers:
                     'listener': cookie,
                 }
                 self._write(bundle_dir, 'record.json', record)
-                control = notifier = None
+                notifier = undo.enter_context(listening(os.path.join(bundle_dir, NOTIFIER), 0o600))
+                control = None
                 if channel is None:
                     os.mkdir(os.path.join(bundle_dir, 'control'))
                     control = undo.enter_context(listening(os.path.join(bundle_dir, 'control', 'control.sock'), 0o666))
-                    notifier = undo.enter_context(listening(os.path.join(bundle_dir, 'notify.sock'), 0o600))
                 run = [ident, name, spec, tree, bundle_dir, base, {1: output, 2: output}]
                 if channel is not None:
                     run[-1][protocol.CHANNEL_FD] = channel
@@ -219,7 +220,7 @@ class Containers:
     def _run(self, ident, name, spec, tree, bundle_dir, base, fds):
         """Let the OCI runtime start the container with the descriptors `fds`."""
         make = self._configurations
-        config = make.shared(ident, name, spec, base)
+        config = make.shared(ident, name, spec, base, os.path.join(bundle_dir, NOTIFIER))
         if spec.layers:
             layers = [os.path.join(tree, layer) for layer in spec.layers]
             root = rootfs.mount(self._image, layers, self._mapping(base), self.limits.memory // 2, base)
@@ -350,8 +351,8 @@ def listening(path: str, mode: int) -> socket.socket:
 class Container(NamedTuple):
     """A running container: the id for the runtime, the first process as pid and pidfd (owned), the first host id.
 
-    A program without a channel has two listening sockets (owned): /control.sock, and the one to which runc sends the
-    seccomp notification descriptor.
+    `notifier` (owned) is where runc brings the seccomp notification descriptor; None after an adoption. A program
+    without a channel has `control`, too: /control.sock, which is the instance's to close.
     """
 
     ident: str
@@ -373,11 +374,17 @@ class Container(NamedTuple):
         return False
 
     def reap(self) -> int:
-        """Wait for the end and close the pidfd. Returns the exit code, 128 + N for signal N."""
+        """Wait for the end and close what is owned. Returns the exit code, 128 + N for signal N."""
         try:
             ended = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
             return ended.si_status if ended.si_code == os.CLD_EXITED else 128 + ended.si_status
         except ChildProcessError:  # it is not our child: this process is not a subreaper
             return 0
         finally:
-            os.close(self.pidfd)
+            self.close()
+
+    def close(self) -> None:
+        """Close what is owned."""
+        os.close(self.pidfd)
+        if self.notifier:
+            self.notifier.close()

@@ -116,10 +116,10 @@ def _filter(action, rules, errno=None):
     }
 
 
-def notifying(profile: dict, path: str, metadata: str) -> dict:
-    """The filter, but `listen` asks whoever listens at the unix socket `path`, and tells them `metadata`."""
+def notifying(profile: dict, path: str) -> dict:
+    """The filter, but `listen` asks whoever listens at the unix socket `path`."""
     asked = {'names': ['listen'], 'action': 'SCMP_ACT_NOTIFY'}
-    return profile | {'syscalls': [*profile['syscalls'], asked], 'listenerPath': path, 'listenerMetadata': metadata}
+    return profile | {'syscalls': [*profile['syscalls'], asked], 'listenerPath': path}
 
 
 # For folders: everything is allowed but what most containers are refused.
@@ -144,10 +144,7 @@ IMAGE = _filter(
     [
         allow(*ALLOWED_SYSCALLS),
         *(allow('ioctl', **masked(1, 1 << bit, ~0x8900 & 1 << bit)) for bit in range(8, 32)),
-        *(
-            allow('socket', **masked(0, 0xFFFFFFFF, family))
-            for family in (AF_UNIX, AF_INET, AF_INET6, AF_NETLINK)
-        ),
+        *(allow('socket', **masked(0, 0xFFFFFFFF, family)) for family in (AF_UNIX, AF_INET, AF_INET6, AF_NETLINK)),
         *(allow('setsockopt', **level) for level in all_but(1, [SOL_SOCKET])),
         *(
             allow('setsockopt', args=[masked(1, 0xFFFFFFFF, SOL_SOCKET), option])

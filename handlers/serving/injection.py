@@ -2,7 +2,8 @@
 
 The kernel asks for each listen() of a container by its seccomp notification descriptor (seccomp_unotify(2)), which the
 OCI runtime sends at the start as the specification's linux.seccomp.listenerPath says. The answer to the right one puts
-our socket at the caller's descriptor number; every other listen() goes on inside, where nobody else is.
+our socket at the caller's descriptor number. For every other one faasd calls listen() itself, on a duplicate: inside,
+where nobody else is. A socket of the host's own network namespace, such as an accepted connection, never listens.
 
 Only listen() is asked for, not bind(): with the first connection accepted, the server is ready by its own word.
 """
@@ -12,6 +13,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import ipaddress
 import os
 import re
@@ -21,9 +23,12 @@ import struct
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from typing import NamedTuple
 
-from handlers.images.spec import candidates
+from handlers.images.spec import Spec, candidates
 from handlers.serving.listeners import BACKLOG
+from host.errors import FaasError
 from host.process import copy_of, process_of, socket_of
 from host.sock_diag import cookie
 
@@ -35,8 +40,11 @@ EPOLL_CTL_ADD, EPOLL_CTL_DEL = 1, 2
 MOST_ORIGINALS = 64  # sockets of an instance that are kept to be given back
 MOST_FDINFO = 1 << 18  # letters about a process's epoll instances: thousands of registrations
 MOST_STATE = 1 << 20  # bytes of the container's state that comes with the notification descriptor
+SO_NETNS_COOKIE = 71  # asm-generic/socket.h, Linux 5.14
+STUCK_S = 5  # how long an answer may take before that is a problem
+NO_THREAD_PAUSE_S = 0.1
 BEST = (0, False)  # the first candidate, on IPv6: there is nothing to give back for
-# A function that does nothing but listen() shall not keep the others waiting, nor the accept loop.
+# A function that does nothing but listen() shall not take the processor from the others.
 MANY_S, MANY, PAUSE_S = 1, 100, 0.005
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -52,6 +60,17 @@ def _ioctl(fd, request, form, *values):
     structure = bytearray(struct.pack(form, *values))
     fcntl.ioctl(fd, request, structure, True)
     return structure
+
+
+def network_of(sock: socket.socket) -> bytes:
+    """Tells the network namespaces of sockets from one another."""
+    return sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
+
+
+@functools.cache
+def own_network() -> bytes:
+    with socket.socket(socket.AF_UNIX) as sock:
+        return network_of(sock)
 
 
 def flags_of(tid: int, fd: int) -> int:
@@ -107,25 +126,103 @@ class Original:
         self.process, self.fd, self.sock, self.port = process, fd, sock, port
 
 
-class Injection:
-    """Answers the listen() calls of one instance with `listener` (borrowed).
+class Inside:
+    """Answers the listen() calls of one instance of the function `name`: each socket listens inside, as it asks.
 
-    `report(kind, family, port)` is called in the injector's thread: 'injected', or 'inside' for what went on there.
+    The kernel is never told to go on by itself: another thread could have put another socket at that number since. All
+    of this may wait for the function, and so belongs in a thread that only this function waits for.
     """
 
-    def __init__(self, spec, listener, report):
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._since, self._count = 0.0, 0  # the listen() calls of this second
+
+    def close(self) -> None:
+        """The instance has ended."""
+
+    def answer(self, notify: int) -> None:
+        """Serve one notification of the seccomp descriptor `notify`. Raises OSError when it serves nobody any more."""
+        try:
+            raw = _ioctl(notify, NOTIF_RECV, '80x')
+        except OSError as error:  # who asked is gone
+            if error.errno in (errno.ENOENT, errno.EINTR):
+                return
+            raise
+        # struct seccomp_notif: id, pid, flags, seccomp_data: nr, arch, instruction_pointer, args[6]
+        ident, tid, _, _, _, _, fd, backlog, *_ = struct.unpack('QIIiIQ6Q', raw)
+        failed = 0
+        try:
+            self._listen(notify, ident, tid, fd & 0x7FFFFFFF, ctypes.c_int(backlog & 0xFFFFFFFF).value)
+        except OSError as error:
+            failed = error.errno or errno.EPERM
+        with contextlib.suppress(OSError):
+            # struct seccomp_notif_resp: id, val, error, flags
+            _ioctl(notify, NOTIF_SEND, 'QqiI', ident, 0, -failed, 0)
+        self._slow_down()
+
+    def _listen(self, notify, ident, tid, fd, backlog):
+        original = socket_of(tid, fd)
+        try:
+            _ioctl(notify, NOTIF_ID_VALID, 'Q', ident)  # the thread of that number still is the one that asked
+            if self._is_ours(original):
+                return
+            if network_of(original) == own_network():
+                raise PermissionError(errno.EPERM, 'a socket of the host')
+            if original.family in (socket.AF_INET, socket.AF_INET6) and original.type == socket.SOCK_STREAM:
+                original = self._listen_at_port(notify, ident, tid, fd, backlog, original)
+            else:
+                original.listen(backlog)
+        finally:
+            if original:
+                original.close()
+
+    def _is_ours(self, sock):
+        """True if it listens already: it is what the instance was given."""
+        return False
+
+    def _listen_at_port(self, notify, ident, tid, fd, backlog, original):
+        """Answer for a TCP socket. Returns `original`, or None when it is kept."""
+        original.listen(backlog)
+        return original
+
+    def _slow_down(self):
+        now = time.monotonic()
+        if now > self._since + MANY_S:
+            self._since, self._count = now, 0
+        self._count += 1
+        if self._count > MANY:
+            time.sleep(PAUSE_S)
+
+
+class Injection(Inside):
+    """The same for an instance that may serve `listener` (borrowed): the right socket is replaced by it.
+
+    `report(kind, family, port)` is called in the injector's threads: 'injected', or 'inside' for what listens there.
+    """
+
+    def __init__(self, name: str, spec: Spec, listener: socket.socket, report: Callable) -> None:
+        super().__init__(name)
         self._listener, self._report = listener, report
         self._candidates, self._any = candidates(spec), not spec.ports
         self._originals = []
         self._best = None  # (rank, family) of what was injected, the lower the better
+        self._choice, self._given, self._over = threading.Lock(), False, False
 
-    def enough(self) -> None:
-        """Let every listen() go on inside from now on: the instance serves in another way."""
-        self._candidates, self._any = (), False
+    def enough(self) -> bool:
+        """The instance serves in another way: every listen() goes on inside. False if it has the listener already."""
+        with self._choice:
+            self._over = not self._given
+            return self._over
+
+    def _may_give(self):
+        with self._choice:
+            self._given = not self._over
+            return self._given
 
     def close(self) -> None:
-        for original in self._originals:
-            original.sock.close()
+        with contextlib.suppress(IndexError):
+            while True:
+                self._originals.pop().sock.close()
 
     def _rank(self, address, port):
         """How good a place that is to listen: the lower the better; None for one that does not count."""
@@ -135,53 +232,28 @@ class Injection:
             return self._candidates.index(port)
         return len(self._candidates) if self._any else None
 
-    def answer(self, notify: int) -> None:
-        """Serve one notification of the seccomp descriptor `notify`."""
-        try:
-            raw = _ioctl(notify, NOTIF_RECV, '80x')
-        except OSError as error:  # who asked is gone
-            if error.errno in (errno.ENOENT, errno.EINTR):
-                return
-            raise
-        # struct seccomp_notif: id, pid, flags, seccomp_data: nr, arch, instruction_pointer, args[6]
-        ident, tid, _, _, _, _, fd, *_ = struct.unpack('QIIiIQ6Q', raw)
-        try:
-            carry_on = not self._injected(notify, ident, tid, fd & 0x7FFFFFFF)
-        except (OSError, TypeError):  # it is gone, or listens on what is no socket: the kernel says it better
-            carry_on = True
-        with contextlib.suppress(OSError):
-            # struct seccomp_notif_resp: id, val, error, flags
-            _ioctl(notify, NOTIF_SEND, 'QqiI', ident, 0, 0, NOTIF_FLAG_CONTINUE if carry_on else 0)
+    def _is_ours(self, sock):
+        return cookie(sock) == cookie(self._listener)
 
-    def _injected(self, notify, ident, tid, fd):
-        """True if the caller has our socket now; False if its listen() is to go on inside."""
-        original = socket_of(tid, fd)
-        try:
-            _ioctl(notify, NOTIF_ID_VALID, 'Q', ident)  # the thread of that number still is the one that asked
-            if original.family not in (socket.AF_INET, socket.AF_INET6) or original.type != socket.SOCK_STREAM:
-                return False
-            if cookie(original) == cookie(self._listener):
-                return True
-            address, port = original.getsockname()[:2]
-            rank = self._rank(address, port)
-            # One that also listens on IPv6 wants its IPv6 clients there.
-            mine = None if rank is None else (rank, original.family != socket.AF_INET6)
-            if mine is None or (self._best is not None and mine > self._best):
-                self._report('inside', original.family, (address, port))
-                return False
-            process = process_of(tid)
-            if self._best is not None and mine < self._best:
-                self._give_back(notify, ident, process)
-            self._put(notify, ident, tid, fd, original, self._listener)
-            self._best = mine
-            if mine > BEST and len(self._originals) < MOST_ORIGINALS:
-                self._originals.append(Original(process, fd, original, port))
-                original = None
-            self._report('injected', socket.AF_INET if mine[1] else socket.AF_INET6, (address, port))
-            return True
-        finally:
-            if original:
-                original.close()
+    def _listen_at_port(self, notify, ident, tid, fd, backlog, original):
+        address, port = original.getsockname()[:2]
+        rank = self._rank(address, port)
+        # One that also listens on IPv6 wants its IPv6 clients there.
+        mine = None if rank is None else (rank, original.family != socket.AF_INET6)
+        if mine is None or (self._best is not None and mine > self._best) or not self._may_give():
+            original.listen(backlog)
+            self._report('inside', original.family, (address, port))
+            return original
+        process = process_of(tid)
+        if self._best is not None and mine < self._best:
+            self._give_back(notify, ident, process)
+        self._put(notify, ident, tid, fd, original, self._listener)
+        self._best = mine
+        if mine > BEST and len(self._originals) < MOST_ORIGINALS:
+            self._originals.append(Original(process, fd, original, port))
+            original = None
+        self._report('injected', socket.AF_INET if mine[1] else socket.AF_INET6, (address, port))
+        return original
 
     def _give_back(self, notify, ident, process):
         """Put the process's own sockets, which listen inside from now on, back in the place of ours."""
@@ -212,68 +284,110 @@ def _is_loopback(address):
     return (getattr(parsed, 'ipv4_mapped', None) or parsed).is_loopback
 
 
-class Injector:
-    """One thread that answers for all instances of a server."""
+class Watched(NamedTuple):
+    """A descriptor that the injector waits at, and what it does when that can be read from."""
 
-    def __init__(self):
-        self._epoll, self._watched = select.epoll(), {}  # fd → (owner of the descriptor, Injection, what to do)
+    fd: int
+    owner: object  # of the descriptor: a socket (borrowed), or None: the injector itself
+    inside: Inside
+    do: Callable[['Watched'], None]
+
+
+class Stuck(FaasError):
+    """An answer to a function waits for that function."""
+
+
+class Injector:
+    """Answers for all instances of a server. Its thread waits at their descriptors, and does nothing else.
+
+    Each answer has a thread: what it looks at is shared with the function, which can make it wait. A descriptor is
+    heard again after its answer, so one function has no more threads than descriptors.
+    """
+
+    def __init__(self) -> None:
+        self._epoll, self._watched = select.epoll(), {}
+        self._busy: dict[Watched, float] = {}  # what is being answered, and since when
         self._lock = threading.Lock()
         self.thread = threading.Thread(target=self._run, name='injector', daemon=True)
         self.thread.start()
 
-    def add(self, notifier: socket.socket, injection: Injection) -> None:
-        """Answer by `injection` what comes from the containers that connect to `notifier` (both borrowed)."""
-        self._watch(notifier, injection, self._accept)
+    def add(self, notifier: socket.socket, inside: Inside) -> None:
+        """Answer by `inside` what comes from the containers that connect to `notifier` (both borrowed)."""
+        self._watch(Watched(notifier.fileno(), notifier, inside, self._accept))
 
-    def remove(self, injection: Injection) -> None:
-        """Answer no more for an instance that has ended; its descriptors are closed."""
+    def remove(self, inside: Inside) -> None:
+        """Answer no more for an instance that has ended; its descriptors are closed. It does not wait."""
         with self._lock:
-            for fd, (owner, watched_for, do) in list(self._watched.items()):
-                if watched_for is injection:
-                    del self._watched[fd]
-                    self._epoll.unregister(fd)
-                    if do == self._answer:
-                        os.close(owner)
-            injection.close()
+            mine = [watched for watched in self._watched.values() if watched.inside is inside]
+            for watched in mine:
+                self._unwatch(watched)
+        threading.Thread(target=inside.close, name='close originals', daemon=True).start()
 
-    def _watch(self, owner, injection, do):
-        fd = owner if isinstance(owner, int) else owner.fileno()
+    def check(self) -> None:
+        """Raises Stuck when an answer takes long. For the monitor."""
+        late = time.monotonic() - STUCK_S
         with self._lock:
-            self._watched[fd] = owner, injection, do
-            self._epoll.register(fd, select.EPOLLIN)
+            names = sorted({watched.inside.name for watched, since in self._busy.items() if since < late})
+        if names:
+            raise Stuck(f'a listen() of {", ".join(names)} is not answered: it waits for the function')
+
+    def _watch(self, watched):
+        with self._lock:
+            self._watched[watched.fd] = watched
+            self._epoll.register(watched.fd, select.EPOLLIN | select.EPOLLONESHOT)
+
+    def _unwatch(self, watched):
+        del self._watched[watched.fd]
+        self._epoll.unregister(watched.fd)
+        if watched not in self._busy:
+            self._close(watched)
+
+    @staticmethod
+    def _close(watched: Watched) -> None:
+        if watched.owner is None:
+            os.close(watched.fd)
 
     def _run(self):
-        since, count = 0, 0
         while True:
             for fd, events in self._epoll.poll():
-                if time.monotonic() > since + MANY_S:
-                    since, count = time.monotonic(), 0
-                count += 1
-                if count > MANY:
-                    time.sleep(PAUSE_S)
                 with self._lock:
-                    if fd not in self._watched:
+                    watched = self._watched.get(fd)
+                    if watched is None:
                         continue
-                    owner, injection, do = self._watched[fd]
-                    try:
-                        if events & select.EPOLLIN:
-                            do(owner, injection)
-                        else:  # every process that it was for has ended
-                            self._drop(fd, owner)
-                    except OSError:
-                        if do == self._answer:
-                            self._drop(fd, owner)
-                    except Exception:
-                        traceback.print_exc()
+                    self._busy[watched] = time.monotonic()
+                try:
+                    threading.Thread(target=self._serve, args=(watched, events), name='answer', daemon=True).start()
+                except RuntimeError:  # no thread is left
+                    time.sleep(NO_THREAD_PAUSE_S)
+                    self._served(watched, ended=False)
 
-    def _drop(self, fd, owner):
-        del self._watched[fd]
-        self._epoll.unregister(fd)
-        os.close(owner)
+    def _serve(self, watched, events):
+        ended = not events & select.EPOLLIN  # every process that it was for has ended
+        try:
+            if not ended:
+                watched.do(watched)
+        except OSError:
+            ended = watched.owner is None
+        except Exception:
+            traceback.print_exc()
+        self._served(watched, ended)
 
-    def _accept(self, notifier, injection):
+    def _served(self, watched, ended):
+        with self._lock:
+            del self._busy[watched]
+            known = self._watched.get(watched.fd) is watched
+            if known and ended:
+                self._unwatch(watched)
+            elif known:
+                self._epoll.modify(watched.fd, select.EPOLLIN | select.EPOLLONESHOT)
+            else:  # remove() has left this to us
+                self._close(watched)
+        if not known:
+            watched.inside.close()
+
+    def _accept(self, watched):
         """The OCI runtime brings a notification descriptor: at the start, and for each `runc exec`."""
-        connection, _ = notifier.accept()
+        connection, _ = watched.owner.accept()
         with connection:
             connection.settimeout(1)
             fds = array.array('i')
@@ -282,9 +396,8 @@ class Injector:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
         for fd in fds:
-            self._watched[fd] = fd, injection, self._answer
-            self._epoll.register(fd, select.EPOLLIN)
+            self._watch(Watched(fd, None, watched.inside, self._answer))
 
     @staticmethod
-    def _answer(notify: int, injection: Injection) -> None:
-        injection.answer(notify)
+    def _answer(watched: Watched) -> None:
+        watched.inside.answer(watched.fd)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from handlers.containers import protocol
 from handlers.containers.containers import Container, ContainerError
 from handlers.containers.logs import LogPipe
+from handlers.serving.injection import Inside
 from host.errors import FaasError
 
 INSTANCE_MAX_CONNECTIONS = 1024  # handed to one instance at a time; more wait in the listener's backlog
@@ -79,7 +80,7 @@ class Surroundings(NamedTuple):
     workers: concurrent.futures.Executor
     emit: Callable  # emit(area, text, name=, problem=)
     start_timeout_s: float
-    injector: object = None  # handlers.serving.injection.Injector
+    injector: object  # handlers.serving.injection.Injector
     forget: Callable[[str], object] | None = None  # forget(folder): delete the files of a revision. May block
     stop_timeout_s: float = 10
     idle_timeout_s: float = 0  # 0: never
@@ -115,6 +116,7 @@ class Instance:
         self._around = pool.around
         self._born = self._around.clock()
         self._reason = self._container = self._pipe = None
+        self._listens: Inside | None = None  # answers its listen() calls
         self._start_timeout_s = revision.spec.start_timeout_s or self._around.start_timeout_s
 
     def __repr__(self) -> str:
@@ -204,10 +206,21 @@ class Instance:
 
     def _launched(self, container):
         self._container = container
+        if container.notifier:
+            self._listens = self._make_listens()
+            self._around.injector.add(container.notifier, self._listens)
         self._around.loop.watch(container.pidfd, self._exited)
         self._around.loop.later(max(0, self._start_timeout_s - self.age_s()), self._check_up)
         if self._reason:
             container.kill()
+
+    def _make_listens(self):
+        return Inside(self.pool.name)
+
+    def _end_listens(self):
+        if self._listens:
+            self._around.injector.remove(self._listens)
+            self._listens = None
 
     def age_s(self) -> float:
         return self._around.clock() - self._born
@@ -235,6 +248,7 @@ class Instance:
             self.pool.ready(self)
 
     def _exited(self):
+        self._end_listens()
         self._around.loop.unwatch(self._container.pidfd)
         self._around.workers.submit(self._bury, self._container)
         self._container = None  # its pidfd is about to be closed

@@ -9,6 +9,8 @@ import ctypes
 import socket
 import struct
 
+from host.guard import Guard, Unguarded
+
 SO_ATTACH_REUSEPORT_CBPF = 51
 BACKLOG = 4096
 # linux/filter.h; negative offsets reach back to the IPv6 header, whatever the program otherwise sees.
@@ -18,9 +20,9 @@ SOURCE_END, SOURCE_PORT = SKF_NET_OFF + 20, SKF_NET_OFF + 40
 QUEUED_OFFSET = 24  # of tcpi_unacked in struct tcp_info, which for a listener is the length of its queue
 
 
-def bound(ipv6: str, mark: int) -> socket.socket:
-    """A marked TCP socket bound to [ipv6]:80, which does not listen yet. Raises OSError."""
-    sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+def bound(ipv6: str, mark: int, guard: Guard | Unguarded) -> socket.socket:
+    """A marked and guarded TCP socket bound to [ipv6]:80, which does not listen yet. Raises OSError."""
+    sock = guard.make()
     try:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         share(sock)
@@ -82,10 +84,10 @@ class ListenerGroup:
     Not for more than one thread. It owns its sockets, and lends them.
     """
 
-    def __init__(self, ipv6: str, mark: int, adopted: socket.socket | None = None) -> None:
+    def __init__(self, ipv6: str, mark: int, guard: Guard | Unguarded, adopted: socket.socket | None = None) -> None:
         """Listen; or go on with `adopted` (consumed), what a faasd that is no more listened with. Raises OSError."""
-        self.ipv6, self._mark = ipv6, mark
-        self.current = adopted or bound(ipv6, mark)
+        self.ipv6, self._mark, self._guard = ipv6, mark, guard
+        self.current = adopted or bound(ipv6, mark, guard)
         self.former: socket.socket | None = None
         self._former_is_done = False
         self._next: socket.socket | None = None
@@ -120,7 +122,7 @@ class ListenerGroup:
         """A next listener. It gets no connection, but for a probe, until it is cut over to. Raises OSError."""
         self.close_former()
         self._reclaim()
-        sock = bound(self.ipv6, self._mark)
+        sock = bound(self.ipv6, self._mark, self._guard)
         try:
             sock.listen(BACKLOG)
         except BaseException:

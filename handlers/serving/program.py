@@ -31,7 +31,7 @@ class Program(Instance):
 
     def __init__(self, pool: object, revision: Revision, trial: bool = False) -> None:
         super().__init__(pool, revision, trial)
-        self._injection = self._family = None
+        self._family = None
         self._asking = collections.deque()  # connections to /control.sock that wait for a descriptor
         self._inside = []  # where it listens, and that does not count
         self._handed, self._signalled, self._deadline = False, None, float('inf')
@@ -63,18 +63,18 @@ class Program(Instance):
         return (start(self.pool.name, number, spec, tree, self._pipe.writer, cookie=mine),)
 
     def _launched(self, container):
-        loop = self._around.loop
-        loop.watch(container.control.fileno(), self._asked)
-        report = lambda *what: loop.call(self._listens, *what)  # noqa: E731
-        self._injection = injection.Injection(self.revision.spec, self.listener, report)
-        self._around.injector.add(container.notifier, self._injection)
         super()._launched(container)
+        self._around.loop.watch(container.control.fileno(), self._asked)
         if self.state == InstanceState.STOPPING:
             container.kill()
 
+    def _make_listens(self):
+        report = lambda *what: self._around.loop.call(self._listened, *what)  # noqa: E731
+        return injection.Injection(self.pool.name, self.revision.spec, self.listener, report)
+
     # Listening by itself
 
-    def _listens(self, how, family, where):
+    def _listened(self, how, family, where):
         if how == 'inside':
             if where not in self._inside and len(self._inside) < 10:
                 self._inside.append(where)
@@ -151,8 +151,7 @@ class Program(Instance):
         if pause_s is not None:
             self._around.loop.unwatch(control.fileno())
             self._around.loop.later(pause_s, self._ask_again, control)
-        if self._asking and self.mode is None and self._family is None:  # the first way counts
-            self._injection.enough()
+        if self._asking and self.mode is None and self._listens.enough():  # the first way counts
             self._is_up(ServingMode.CONTROL, CONTROL_PATH)
         elif self.mode == ServingMode.CONTROL:
             self.pool.flush()
@@ -212,7 +211,7 @@ class Program(Instance):
             return False
         self._around.loop.unwatch(self._container.pidfd)
         self._forget_ways()
-        os.close(self._container.pidfd)
+        self._container.close()
         self._container = None
         self.become(InstanceState.DEAD)
         self.gone.set_result(None)
@@ -228,13 +227,10 @@ class Program(Instance):
         super()._ended(reason)
 
     def _forget_ways(self):
-        if self._injection:
-            self._around.injector.remove(self._injection)
-            self._injection = None
+        self._end_listens()
         if self._container.control:
             self._around.loop.unwatch(self._container.control.fileno())
             self._container.control.close()
-            self._container.notifier.close()
         while self._asking:
             self._asking.popleft().close()
 

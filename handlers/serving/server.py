@@ -11,6 +11,7 @@ from handlers.serving.listeners import ListenerGroup
 from handlers.serving.loop import Loop
 from handlers.serving.pool import Pool
 from host.firewall import MARK
+from host.guard import Guard, Unguarded
 
 ACCEPTS_PER_TURN = 64  # of one listener before the others have their turn
 ACCEPT_RETRY_S = 0.1  # how long nothing is accepted when descriptors run out
@@ -61,9 +62,9 @@ class FaaSServer:
     It reads no byte of a request.
     """
 
-    def __init__(self, loop: Loop, emit: object, descriptors: int | None = None) -> None:
-        """`descriptors` is how many this process may have; by default its limit."""
-        self._loop, self._emit = loop, emit
+    def __init__(self, loop: Loop, emit: object, guard: Guard | Unguarded, descriptors: int | None = None) -> None:
+        """`guard` makes the listeners. `descriptors` is how many this process may have; by default its limit."""
+        self._loop, self._emit, self.guard = loop, emit, guard
         self._listeners: dict[str, Listener] = {}  # by address
         self._permitted, self._paused, self._reported = True, False, False
         most = descriptors or resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -74,7 +75,7 @@ class FaaSServer:
 
         An adopted instance serves before anything is accepted. Raises OSError; the container is the caller's then.
         """
-        group = ListenerGroup(ipv6, MARK, adopted and adopted.listener)
+        group = ListenerGroup(ipv6, MARK, self.guard, adopted and adopted.listener)
         self._loop.wait(self._add, ipv6, group, pool, adopted and adopted.container)
         self._emit('listener', f'Listening on [{ipv6}]:80 for {name}', name=name)
 
