@@ -253,9 +253,7 @@ class Guard:
             folder = os.path.join(parent, self._prefix + secrets.token_hex(4))
             os.mkdir(folder)
         except OSError as error:
-            raise GuardUnavailable(
-                f'the socket guard cannot make a cgroup in {parent}: {error.strerror}', HINT
-            ) from error
+            raise GuardUnavailable(f'the socket guard gets no cgroup in {parent}: {error.strerror}', HINT) from error
         self._folder = folder
         try:
             attach_all(folder)
