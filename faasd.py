@@ -41,6 +41,7 @@ from handlers.containers import bundle
 from handlers.containers.containers import Containers
 from handlers.containers.logs import LogCopier
 from handlers.images.layers import Layers
+from handlers.serving.apart import Apart
 from handlers.serving.injection import Injector
 from handlers.serving.instance import Surroundings
 from handlers.serving.loop import Loop
@@ -83,6 +84,7 @@ class Daemon:
     containers: Containers
     loop: Loop
     injector: Injector
+    apart: Apart
     server: FaaSServer
     guard: Guard | Unguarded = Unguarded()
     functions: Functions | None = None
@@ -236,7 +238,7 @@ class Daemon:
         workers = concurrent.futures.ThreadPoolExecutor(max_workers=4, thread_name_prefix='instances')
         self._undo.callback(workers.shutdown)
         self.server = FaaSServer(self.loop, self._emit, self.guard)
-        copier, self.injector = LogCopier(), Injector()
+        copier, self.injector, self.apart = LogCopier(), Injector(), Apart()
         self._threads += [self.loop.thread, copier.thread, self.injector.thread]
         around = Surroundings(
             self.loop,
@@ -246,10 +248,12 @@ class Daemon:
             self._emit,
             settings['start_timeout'],
             self.injector,
+            self.apart,
             self.revisions.forget,
             settings['stop_timeout'],
             settings['idle_timeout'],
             registry.GATEWAY,
+            self.guard.kind == Guard.kind,
         )
         self.functions = Functions(
             self.registry,
@@ -329,6 +333,7 @@ class Daemon:
             Check('rules', repairs.table, CLOSELY_S, rules),
             Check('guard', self.guard.heal),
             Check('injector', self.injector.check),
+            Check('apart', self.apart.check),
             Check('connections', self.functions.count_connections),
             Check(interface, repairs.missing_interface),
             Check(interface, repairs.interface, CLOSELY_S, links),

@@ -118,7 +118,7 @@ class Machine:
                  'systemd-nspawn', '--quiet', '--register=no', '--keep-unit', '--boot', '--network-bridge=lan0',
                  f'--machine={self.name}', f'--directory={self.root}', '--capability=all', '--bind=/dev/net/tun',
                  '--kill-signal=SIGRTMIN+3', '--resolv-conf=off', '--timezone=off', '--console=passive',
-                 '--system-call-filter=pidfd_getfd bpf'],   # its own list lacks what seccomp listeners and the guard need
+                 '--system-call-filter=pidfd_getfd bpf'],   # its own list lacks what listeners and the guard need
                 cwd='/', stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.state = lab.wait_until(self._booted, 60, f'systemd of {self.name}')
 

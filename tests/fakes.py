@@ -193,6 +193,7 @@ class FakeFunction:
             lambda area, text, **more: self.events.append(text),
             5,
             None,
+            None,
             forget=self.forgotten.append,
             idle_timeout_s=idle_timeout_s,
             clock=self.loop.clock,

@@ -14,6 +14,7 @@ import unittest
 from handlers.containers import logs
 from handlers.images import spec as specs
 from handlers.serving import injection, listeners, pool
+from handlers.serving.apart import Apart
 from handlers.serving.instance import InstanceState, ServingMode
 from handlers.serving.loop import Loop
 from handlers.serving.server import Adopted, FaaSServer
@@ -77,6 +78,7 @@ class Function:
             lambda area, text, **more: self.events.append(text),
             start_timeout_s,
             injection.Injector(),
+            Apart(),
             shutil.rmtree,
             **{'stop_timeout_s': 2, **around},
         )

@@ -14,6 +14,7 @@ from unittest import mock
 
 from handlers.containers import logs, protocol
 from handlers.serving import instance, pool, scaler
+from handlers.serving.apart import Apart
 from handlers.serving.connection import progress
 from handlers.serving.injection import Injector
 from handlers.serving.instance import InstanceState
@@ -288,7 +289,8 @@ class Function:
         workers = stack.enter_context(concurrent.futures.ThreadPoolExecutor(4))
         prepared = stack.enter_context(inside.prepared())
         around = pool.Surroundings(
-            self.loop, prepared, logs.LogCopier(), workers, self.note, start_timeout_s, Injector(), shutil.rmtree
+            *(self.loop, prepared, logs.LogCopier(), workers, self.note, start_timeout_s, Injector(), Apart()),
+            shutil.rmtree,
         )
         live = self.revision(1) if deployed else None
         self.pool = pool.Pool('test', logs.Log(str(self.folder / 'log')), around, live)

@@ -49,7 +49,7 @@ class Function:
         stack.callback(self.close_taken)
         stack.callback(self.loop.stop)
         self.around = pool.Surroundings(
-            self.loop, None, None, fakes.FakeWorkers(), lambda *_, **__: None, 5, None, lambda folder: None
+            self.loop, None, None, fakes.FakeWorkers(), lambda *_, **__: None, 5, None, None, lambda folder: None
         )
         self.server = FaaSServer(self.loop, self.note, Unguarded(), descriptors)
         self.open()

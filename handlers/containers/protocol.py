@@ -82,8 +82,20 @@ def number_of(message: bytes) -> int:
         raise ProtocolError(f'{len(message)} bytes where {_NUMBER.size} belong') from error
 
 
+def hear(channel: socket.socket) -> bytes:
+    """A message of the runtime; b'' when it has closed the channel. Raises ProtocolError.
+
+    A descriptor is a breach of the protocol, and stays in the queue: taking it out could wait for its last close.
+    """
+    message, _, flags, _ = channel.recvmsg(MAX_MESSAGE, 0, socket.MSG_PEEK)
+    if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+        raise ProtocolError('more than one message can carry')
+    channel.recv(1)  # the rest of the message is dropped with it
+    return message
+
+
 def receive(channel: socket.socket) -> tuple[bytes, int | None]:
-    """(message, descriptor or None); (b'', None) when the other side has closed. The caller owns the descriptor.
+    """(message, descriptor or None) of faasd; (b'', None) when it has closed. The caller owns the descriptor.
 
     Raises ProtocolError. socket.recv_fds would drop the flags and leave the descriptor inheritable.
     """

@@ -40,6 +40,7 @@ def reset(connection: socket.socket) -> None:
 def refuse(connection: socket.socket) -> None:
     """Answer 502 and close `connection` (consumed)."""
     with contextlib.suppress(OSError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 0, 0))  # or close() could wait
         connection.send(protocol.BAD_GATEWAY, socket.MSG_DONTWAIT)
         connection.shutdown(socket.SHUT_WR)
     connection.close()

@@ -6,7 +6,6 @@ Everything here runs in the loop's thread and never blocks, but for the methods 
 import concurrent.futures
 import contextlib
 import enum
-import os
 import socket
 import time
 import traceback
@@ -81,10 +80,12 @@ class Surroundings(NamedTuple):
     emit: Callable  # emit(area, text, name=, problem=)
     start_timeout_s: float
     injector: object  # handlers.serving.injection.Injector
+    apart: object  # handlers.serving.apart.Apart
     forget: Callable[[str], object] | None = None  # forget(folder): delete the files of a revision. May block
     stop_timeout_s: float = 10
     idle_timeout_s: float = 0  # 0: never
     gateway: str = '::1'  # whose port a probe comes from
+    guarded: bool = True  # no function can make close() of a connection wait
     clock: Callable[[], float] = time.monotonic
 
 
@@ -108,6 +109,7 @@ class Instance:
         self.state = InstanceState.STARTING
         self.mode: ServingMode | None = None  # None until it is known
         self.description: str | None = None  # the same in words, for a person
+        self.has_listener = False  # it can do to `listener` what we can
         self.listener: socket.socket | None = None  # borrowed: where it listens by itself, or may
         self.connections: dict[int, socket.socket] = {}  # our duplicates, until the instance is done with each
         self.max_connections = revision.spec.concurrency or INSTANCE_MAX_CONNECTIONS
@@ -184,6 +186,17 @@ class Instance:
         """New connections go elsewhere; it takes what waits for it."""
         if self.state == InstanceState.READY:
             self.become(InstanceState.DRAINING)
+
+    def _close(self, owned):
+        """Close what the instance has shared or sent."""
+        if not self._around.apart.close(self.pool.name, owned):
+            self.kill('keeps faasd waiting at close() of its sockets')
+
+    def _close_connection(self, connection):
+        if self._around.guarded:
+            connection.close()
+        else:
+            self._close(connection)
 
     def _launch(self):
         """In a worker thread: everything that waits for runc."""
@@ -344,10 +357,7 @@ class Handler(Instance):
         """Take in what the runtime has said; False when it has no more to say."""
         try:
             for _ in range(most):
-                message, fd = protocol.receive(self._channel)
-                if fd is not None:
-                    os.close(fd)
-                    return False
+                message = protocol.hear(self._channel)
                 if not message:
                     return False
                 self._heard(message[:1], message)
@@ -359,7 +369,7 @@ class Handler(Instance):
 
     def _heard(self, kind, message):
         if kind == protocol.DONE and (connection := self.connections.pop(protocol.number_of(message), None)):
-            connection.close()
+            self._close_connection(connection)
             self.pool.served(self)
         elif kind == protocol.HELLO and not self._greeted:
             if message[1:] != bytes((protocol.VERSION,)):
@@ -375,7 +385,7 @@ class Handler(Instance):
     def _exited(self):
         self._hear(1 << 16)  # what it said last
         self._around.loop.unwatch(self._channel.fileno())
-        self._channel.close()
+        self._close(self._channel)
         super()._exited()
 
 

@@ -182,6 +182,7 @@ class ListenerGroup:
 
     def accept_former(self) -> socket.socket:
         """A connection that waits at the former listener. Raises OSError."""
+        self.former.setblocking(False)  # a server that shared it may have wanted it otherwise
         return self.former.accept()[0]
 
     def revive(self) -> None:
@@ -193,10 +194,6 @@ class ListenerGroup:
         self._order.remove(self.current)  # the shutdown took it out of the group
         self._order.append(self.current)
         self._attach()
-
-    def set_nonblocking(self) -> None:
-        """A server that shares the current listener may have wanted it otherwise."""
-        self.current.setblocking(False)
 
     def detach(self) -> None:
         """Close our copy of the current listener; whoever else has it goes on.

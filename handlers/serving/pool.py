@@ -119,6 +119,10 @@ class Pool(ForOtherThreads):
         self._start_one()
         return False
 
+    def shares(self, listener: socket.socket) -> bool:
+        """True if an instance has `listener` and can make it blocking."""
+        return any(instance.has_listener and instance.listener is listener for instance in self.instances)
+
     def dispatch(self, connection: socket.socket) -> None:
         """Hand an accepted connection (consumed) to the serving instance, or keep it until one can take it."""
         if self._waiting or not self._serving or not self._serving.send(connection):
@@ -311,8 +315,6 @@ class Pool(ForOtherThreads):
         self._scaler.used(self.around.clock())
         if self._serving is None:
             self._retry()
-        elif not self._serving.listens_itself:
-            self._group.set_nonblocking()
         self.around.loop.later(scaler.CRASH_AGE_S, self._grown, instance)
         self.flush()
 

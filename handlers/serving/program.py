@@ -4,6 +4,7 @@ import collections
 import contextlib
 import os
 import socket
+import time
 
 from handlers.containers.containers import Container
 from handlers.containers.logs import LogPipe
@@ -15,7 +16,7 @@ from host.sock_diag import cookie
 CONTROL_ACCEPTS_PER_TURN, CONTROL_FLOOD_PAUSE_S = 64, 0.01  # of connections to the control socket
 CONTROL_ERROR_PAUSE_S = 0.1  # out of descriptors: others get the time to close some
 SETTLE_S = 0.3  # how long one that is tried may take until it listens on IPv6 as well, or ends
-PROBE_TIMEOUT_S = 5
+PROBE_TIMEOUT_S = 5  # for the whole of it
 UNSIGNALLED_MAX_S = 10  # how long a program may finish what it holds before it gets its stop signal
 SIGNALLED_MIN_S = 2  # how long it has after the signal, if there is twice as much time
 STOP_POLL_S = 0.1
@@ -75,6 +76,7 @@ class Program(Instance):
     # Listening by itself
 
     def _listened(self, how, family, where):
+        self.has_listener |= how == 'injected'
         if how == 'inside':
             if where not in self._inside and len(self._inside) < 10:
                 self._inside.append(where)
@@ -88,13 +90,14 @@ class Program(Instance):
     def _settled(self, where):
         """It has not ended just after it began to listen, and what it listens on may have become better."""
         if self.state == InstanceState.STARTING and self._family == socket.AF_INET:
-            self._around.workers.submit(self._probe, where)
+            if not self._around.apart.call(self.pool.name, self._probe, where):
+                self.kill('keeps faasd waiting')
         elif self.state == InstanceState.STARTING:
             self._is_up(ServingMode.LISTENING, f'port {where[1]}')
 
     def _probe(self, where):
-        """In a worker thread: does it talk to IPv6 clients, though it made an IPv4 socket?"""
-        loop, heard = self._around.loop, None
+        """In a thread of its own: does it talk to IPv6 clients, though it made an IPv4 socket?"""
+        loop, heard, deadline = self._around.loop, None, time.monotonic() + PROBE_TIMEOUT_S
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as client:
             client.settimeout(PROBE_TIMEOUT_S)
             client.bind((self._around.gateway, 0))
@@ -106,7 +109,7 @@ class Program(Instance):
                 heard = client.recv(65536)
                 client.shutdown(socket.SHUT_WR)
                 while client.recv(65536):  # to its end, or the server may complain of us
-                    pass
+                    client.settimeout(max(0.001, deadline - time.monotonic()))
             except ConnectionError:
                 heard = heard or b''
         loop.call(self._probed, where, heard)
@@ -143,7 +146,7 @@ class Program(Instance):
                 asking.setblocking(False)
                 self._asking.append(asking)
                 if len(self._asking) > self.max_connections:
-                    self._asking.popleft().close()
+                    self._close(self._asking.popleft())
         except BlockingIOError:
             pause_s = None
         except OSError:  # out of descriptors
@@ -166,12 +169,18 @@ class Program(Instance):
     def send(self, connection: socket.socket) -> bool:
         """Pass `connection` (consumed) to who has asked for the longest time; False if nobody has."""
         while self._asking:
-            with self._asking.popleft() as asking, contextlib.suppress(OSError):
+            asking = self._asking.popleft()
+            try:
                 os.fchown(connection.fileno(), self._container.base, -1)  # so that it counts as this instance's
                 socket.send_fds(asking, [b'c'], [connection.fileno()])
-                connection.close()  # a plain close() there is the end of the connection: we must not hold it open
+                # A plain close() there is the end of the connection: we must not hold it open.
+                self._close_connection(connection)
                 self._handed = True
                 return True
+            except OSError:
+                pass
+            finally:
+                self._close(asking)
         return False
 
     # Its end
@@ -230,9 +239,9 @@ class Program(Instance):
         self._end_listens()
         if self._container.control:
             self._around.loop.unwatch(self._container.control.fileno())
-            self._container.control.close()
+            self._close(self._container.control)
         while self._asking:
-            self._asking.popleft().close()
+            self._close(self._asking.popleft())
 
     def ended_well(self, reason: str) -> bool:
         """A program may serve one connection each time, and exit."""

@@ -1,6 +1,7 @@
 """The request path: accepts the connections of every function and gives each to the function's pool."""
 
 import concurrent.futures
+import contextlib
 import os
 import resource
 from typing import NamedTuple
@@ -32,7 +33,7 @@ class Listener:
     def __init__(self, group: ListenerGroup, pool: Pool, loop: Loop, accept: object) -> None:
         self.group, self.pool = group, pool
         self._loop, self._accept = loop, accept
-        self._accepting, self._permitted = False, True
+        self._accepting, self._permitted, self._apart = False, True, False
         self._watched: int | None = None  # a descriptor
 
     def set_accepting(self, accepting: bool) -> None:
@@ -43,8 +44,14 @@ class Listener:
         self._permitted = permitted
         self._update()
 
+    def accept_apart(self, apart: bool) -> None:
+        """While another thread accepts, the loop does not watch."""
+        self._apart = apart
+        self._update()
+
     def _update(self):
-        fd = self.group.current.fileno() if self._accepting and self._permitted else None
+        wanted = self._accepting and self._permitted and not self._apart
+        fd = self.group.current.fileno() if wanted else None
         if self._watched not in (None, fd):
             self._loop.unwatch(self._watched)
             self._watched = None
@@ -139,6 +146,9 @@ class FaaSServer:
 
     def _accept(self, listener):
         pool, sock = listener.pool, listener.group.current
+        if pool.shares(sock):
+            return self._accept_apart(listener, sock)
+        sock.setblocking(False)  # a server that shared it may have wanted it otherwise
         for _ in range(ACCEPTS_PER_TURN):
             if self._paused or not pool.take():
                 return
@@ -150,13 +160,39 @@ class FaaSServer:
                 continue
             except OSError as error:
                 return self._pause(f'Cannot accept: {error.strerror}')
-            # As another user's, it cannot join the listeners on port 80 by SO_REUSEPORT, should a function try.
-            os.fchown(connection.fileno(), NOBODY, -1)
-            # The kernel gives the lowest free number: all below this one are in use.
-            scarce = connection.fileno() >= self._first_reserved
-            pool.dispatch(connection)
-            if scarce:
-                return self._pause(f'{self._first_reserved} descriptors are in use: new connections wait')
+            if not self._dispatch(pool, connection):
+                return
+
+    def _dispatch(self, pool, connection):
+        """False when descriptors have become scarce."""
+        # As another user's, it cannot join the listeners on port 80 by SO_REUSEPORT, should a function try.
+        os.fchown(connection.fileno(), NOBODY, -1)
+        # The kernel gives the lowest free number: all below this one are in use.
+        scarce = connection.fileno() >= self._first_reserved
+        pool.dispatch(connection)
+        if scarce:
+            self._pause(f'{self._first_reserved} descriptors are in use: new connections wait')
+        return not scarce
+
+    def _accept_apart(self, listener, sock):
+        """Accept where an instance can make accept() wait: one connection at a time, in another thread."""
+
+        def accept():
+            connection = None
+            with contextlib.suppress(OSError):
+                connection, _ = sock.accept()
+            self._loop.call(self._accepted_apart, listener, connection)
+
+        listener.accept_apart(True)
+        if not (listener.pool.take() and listener.pool.around.apart.call(listener.pool.name, accept)):
+            self._loop.later(ACCEPT_RETRY_S, listener.accept_apart, False)
+
+    def _accepted_apart(self, listener, connection):
+        listener.accept_apart(False)
+        if connection and listener in self._listeners.values():
+            self._dispatch(listener.pool, connection)
+        elif connection:
+            connection.close()
 
     def _pause(self, reason):
         """Out of descriptors: accept nothing until some were closed. What comes waits in the kernel."""
