@@ -239,7 +239,7 @@ class Daemon:
         self._undo.callback(workers.shutdown)
         self.server = FaaSServer(self.loop, self._emit, self.guard)
         copier, self.injector, self.apart = LogCopier(), Injector(), Apart()
-        self._threads += [self.loop.thread, copier.thread, self.injector.thread]
+        self._threads += [self.loop.thread, copier.thread, self.injector.thread, self.apart.thread]
         around = Surroundings(
             self.loop,
             self.containers,

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 
+from host import process
 from host.errors import StartError
 
 SYS_BPF = {'x86_64': 321, 'aarch64': 280}
@@ -268,7 +269,7 @@ class Guard:
         with theirs:
             program = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'socket_maker.py')
             argv = [sys.executable, '-I', '-S', program, str(theirs.fileno()), self._folder, str(self._uid)]
-            self._maker = subprocess.Popen(
+            self._maker = process.popen(
                 argv, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
             )
         ours.settimeout(ANSWER_MAX_S)

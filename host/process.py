@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Container, Mapping, Sequence
 from typing import IO
@@ -20,6 +21,9 @@ PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 PIDFD_GETFD = 438
 
 libc = ctypes.CDLL(None, use_errno=True)
+
+# Held while a program is started: until it runs, it has copies of our descriptors.
+forking = threading.Lock()
 
 
 class CommandError(FaasError):
@@ -49,19 +53,29 @@ def run(
     Raises CommandError when the program is missing, is too slow, or ends with a code that is not in `ok`; OSError when
     it cannot be started.
     """
-    feed = {'stdin': stdin} if input is None else {'input': input}
+    pipe = subprocess.PIPE
+    stdin = stdin if input is None else pipe
+    with popen(argv, stdin=stdin, stdout=pipe, stderr=pipe, text=True, errors='replace') as child:
+        try:
+            out, err = child.communicate(input, timeout_s)
+        except BaseException as error:
+            child.kill()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            raise CommandError(argv, f'no end after {timeout_s} s') from error
+    if child.returncode not in ok:
+        lines = (err or out).strip().splitlines()
+        raise CommandError(argv, lines[-1] if lines else f'exit code {child.returncode}', child.returncode, out, err)
+    return subprocess.CompletedProcess(argv, child.returncode, out, err)
+
+
+def popen(argv: Sequence[str], **options: object) -> subprocess.Popen:
+    """Start a program, with the options of subprocess.Popen. Raises CommandError, OSError."""
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, errors='replace', timeout=timeout_s, **feed)
+        with forking:
+            return subprocess.Popen(argv, **options)
     except FileNotFoundError as error:
         raise CommandError(argv, 'not installed (make deps installs it)') from error
-    except subprocess.TimeoutExpired as error:
-        raise CommandError(argv, f'no end after {timeout_s} s') from error
-    if done.returncode not in ok:
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        raise CommandError(
-            argv, lines[-1] if lines else f'exit code {done.returncode}', done.returncode, done.stdout, done.stderr
-        )
-    return done
 
 
 def start(argv: Sequence[str], *, output: bool = False, **environ: str) -> subprocess.Popen[bytes]:
@@ -70,12 +84,7 @@ def start(argv: Sequence[str], *, output: bool = False, **environ: str) -> subpr
     It gets a session of its own: only faasd handles a Ctrl-C at the terminal. Raises CommandError, OSError.
     """
     streams = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT} if output else {}
-    try:
-        return subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, start_new_session=True, env=os.environ | environ, **streams
-        )
-    except FileNotFoundError as error:
-        raise CommandError(argv, 'not installed (make deps installs it)') from error
+    return popen(argv, stdin=subprocess.DEVNULL, start_new_session=True, env=os.environ | environ, **streams)
 
 
 def run_with_fds(argv: Sequence[str], fds: Mapping[int, int], timeout_s: float = 30) -> int:
@@ -84,7 +93,8 @@ def run_with_fds(argv: Sequence[str], fds: Mapping[int, int], timeout_s: float =
     actions += [(os.POSIX_SPAWN_DUP2, fds[number], number) for number in sorted(fds)]
     try:
         environ = {'PATH': os.environ.get('PATH', os.defpath)}
-        pid = os.posix_spawnp(argv[0], argv, environ, file_actions=actions, setpgroup=0)
+        with forking:
+            pid = os.posix_spawnp(argv[0], argv, environ, file_actions=actions, setpgroup=0)
     except FileNotFoundError as error:
         raise CommandError(argv, 'not installed (make deps installs it)') from error
     try:
@@ -109,7 +119,7 @@ def run_with_fds(argv: Sequence[str], fds: Mapping[int, int], timeout_s: float =
 
 def user_namespace(mapping: str, timeout_s: float = 5) -> int:
     """A descriptor (owned by the caller) of a new user namespace with this uid_map and gid_map (user_namespaces(7))."""
-    process = subprocess.Popen(['unshare', '--user', 'cat'], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = popen(['unshare', '--user', 'cat'], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     try:
         path = f'/proc/{process.pid}/ns/user'
         own, deadline = os.readlink('/proc/self/ns/user'), time.monotonic() + timeout_s

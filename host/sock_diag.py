@@ -49,3 +49,10 @@ def open_connections(network: str, port: int) -> collections.Counter[tuple[bytes
 def cookie(sock: socket.socket) -> int:
     """The number by which the kernel knows a socket, whoever holds it: eight bytes as int."""
     return struct.unpack('Q', sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))[0]
+
+
+def listening_inodes(port: int) -> set[str]:
+    """{'socket:[INODE]', …} of this network namespace's TCP sockets for IPv6 that listen at `port` (proc(5))."""
+    with open('/proc/self/net/tcp6') as file:
+        lines = [line.split() for line in file][1:]
+    return {f'socket:[{each[9]}]' for each in lines if each[3] == '0A' and each[1].endswith(f':{port:04X}')}

@@ -125,6 +125,9 @@ class FakeConnection:
     def shutdown(self, _how):
         pass
 
+    def setsockopt(self, *_):
+        pass
+
 
 class FakeInstance(Instance):
     """Comes up, takes and ends when the test says so. `mode` of its kind: None is a program that finds out."""

@@ -1,12 +1,17 @@
 """What a function can make wait: it waits in threads of its own, and another function is served meanwhile."""
 
+import ast
 import os
+import pathlib
+import re
 import socket
+import struct
 import threading
 import time
 import unittest
 
 from handlers.serving import apart
+from host import process
 from tests import lab, serving
 
 # Pairs of connected sockets of its own, one with SO_LINGER and unsent data: its close() waits.
@@ -116,19 +121,70 @@ class Calls(unittest.TestCase):
         lab.wait_until(lambda: not self.apart._running, 5, 'its end')
         self.apart.check()
 
-    def test_a_slow_close_gets_company_and_the_threads_end(self):
-        class Slow(socket.socket):
-            def close(this):  # noqa: N805
-                self.go.wait()
-                super().close()
+    def test_a_program_that_starts_meanwhile_has_no_last_copy(self):
+        """It would wait at its start, and faasd with it."""
+        ours, theirs = socket.socketpair()
+        with socket.create_server(('::1', 0), family=socket.AF_INET6) as listener:
+            lingering = socket.create_connection(listener.getsockname()[:2])
+            with listener.accept()[0]:
+                lingering.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 10))
+                lingering.setblocking(False)
+                with self.assertRaises(BlockingIOError):
+                    while True:
+                        lingering.send(bytes(1 << 20))
+                socket.send_fds(theirs, [b'x'], [lingering.fileno()])
+                lingering.close()
+                self.assertFalse(apart.is_empty(ours))
+                started = time.monotonic()
+                self.apart.close('stuck', ours)
+                while ours.fileno() >= 0:
+                    process.run(['true'])
+                process.run(['true'])
+                self.assertLess(time.monotonic() - started, 5)
+                self.assertEqual(1, len(self.apart._running))
+        theirs.close()
 
-        before = threading.active_count()
-        for _ in range(3):
-            self.apart.close('slow', Slow())
-            time.sleep(2 * apart.SLOW_S)
-        self.assertEqual(3, len(self.apart._running))
-        self.go.set()
-        lab.wait_until(lambda: threading.active_count() <= before + 1, 5, 'the end of all threads but one')
+    def test_a_queue_with_nothing_in_it_is_told(self):
+        for sent, wanted in ((b'', True), (b'x', False)):
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                theirs.sendall(sent)
+                self.assertEqual(wanted, apart.is_empty(ours))
+                with self.assertRaises(BrokenPipeError):
+                    theirs.send(b'more')
+
+
+class Rule(unittest.TestCase):
+    def test_every_call_that_could_wait_is_in_the_list(self):
+        root = pathlib.Path(__file__).parent.parent
+        text = (root / 'docs/ARCHITECTURE.md').read_text()
+        rows = re.findall(r'^\| `(\w+\.py)` \| ([^|]*) \|', text.partition('Exceptions, each')[2], re.MULTILINE)
+        listed = {
+            (module, name.strip('`').rpartition('.')[2]) for module, names in rows for name in names.split(', ')
+        }
+        found = set()
+        for path in (root / 'handlers/serving').glob('*.py'):
+            if path.name != 'apart.py':
+                for function in ast.walk(ast.parse(path.read_text())):
+                    if isinstance(function, ast.FunctionDef):
+                        found |= {(path.name, function.name) for node in own_nodes(function) if waits(node)}
+        self.assertEqual(sorted(listed), sorted(found))
+
+
+def own_nodes(function):
+    """What is in a function, and not in one that it defines."""
+    for node in ast.iter_child_nodes(function):
+        yield node
+        if not isinstance(node, ast.FunctionDef):
+            yield from own_nodes(node)
+
+
+def waits(node):
+    """True of a call of close() or accept(), but for those of pools and of Inside, which are our own."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return False
+    ours = 'pool.close', 'inside.close', 'watched.inside.close', 'self._around.apart.close'
+    return node.func.attr in ('close', 'accept') and ast.unparse(node.func) not in ours
 
 
 @lab.needs_root

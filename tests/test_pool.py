@@ -499,10 +499,8 @@ class Deaths(inside.InHost):
 
     @inside.inside
     def test_one_that_breaks_the_protocol_is_ended_and_leaks_nothing(self):
-        fd = 'import socket\nsocket.send_fds(socket.socket(fileno=os.dup(3)), [b"C"], [0])\n'
-        for number, breach in enumerate(
-            ('os.write(3, b"?")', 'os.write(3, b"H\\x01")', 'os.write(3, b"D" + bytes(8))', fd.strip())
-        ):
+        breaches = 'os.write(3, b"?")', 'os.write(3, b"H\\x01")', 'os.write(3, b"D" + bytes(8))'
+        for number, breach in enumerate(breaches):
             with self.subTest(breach):
                 before = len(os.listdir('/proc/self/fd'))
                 with contextlib.ExitStack() as stack:
@@ -513,6 +511,12 @@ class Deaths(inside.InHost):
                     self.assertIn('closed its channel', events[0][1])
                 most = before + 2  # the epolls of the copier and of the injector
                 lab.wait_until(lambda most=most: len(os.listdir('/proc/self/fd')) <= most, 5, 'the closing of all')
+
+    @inside.inside
+    def test_one_that_sends_a_descriptor_does_not_start(self):
+        fd = 'import socket\nsocket.send_fds(socket.socket(fileno=os.dup(3)), [b"C"], [0])\n'
+        with self.assertRaisesRegex(instance.StartFailed, 'closed its channel'):
+            Function(self.stack).deploy(1, SOURCE % 'x' + fd)
 
     @inside.inside
     def test_one_that_is_on_its_way_gives_way_to_a_new_revision(self):

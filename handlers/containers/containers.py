@@ -142,11 +142,14 @@ class Containers:
 
     def listener_of(self, record: dict, container: 'Container') -> socket.socket | None:
         """The listening socket (owned) that an instance of a former run serves. None if it has closed the socket."""
+        ours = sock_diag.listening_inodes(80)  # no copy of other sockets: their close() could wait
         for where in self._cgroups():
             with contextlib.suppress(OSError), open(os.path.join(where, container.ident, 'cgroup.procs')) as file:
                 for pid in map(int, file.read().split()):
                     for fd in map(int, os.listdir(f'/proc/{pid}/fd')):
                         with contextlib.suppress(OSError):
+                            if os.readlink(f'/proc/{pid}/fd/{fd}') not in ours:
+                                continue
                             sock = process.socket_of(pid, fd)
                             if sock_diag.cookie(sock) == record['listener']:
                                 return sock

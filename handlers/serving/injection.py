@@ -133,8 +133,9 @@ class Inside:
     of this may wait for the function, and so belongs in a thread that only this function waits for.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, close: Callable[[socket.socket], object]) -> None:
+        """`close` closes a socket of the instance (consumed) without waiting."""
+        self.name, self._close = name, close
         self._since, self._count = 0.0, 0  # the listen() calls of this second
 
     def close(self) -> None:
@@ -174,7 +175,7 @@ class Inside:
                 original.listen(backlog)
         finally:
             if original:
-                original.close()
+                self._close(original)
 
     def _is_ours(self, sock):
         """True if it listens already: it is what the instance was given."""
@@ -200,8 +201,8 @@ class Injection(Inside):
     `report(kind, family, port)` is called in the injector's threads: 'injected', or 'inside' for what listens there.
     """
 
-    def __init__(self, name: str, spec: Spec, listener: socket.socket, report: Callable) -> None:
-        super().__init__(name)
+    def __init__(self, name: str, close: Callable, spec: Spec, listener: socket.socket, report: Callable) -> None:
+        super().__init__(name, close)
         self._listener, self._report = listener, report
         self._candidates, self._any = candidates(spec), not spec.ports
         self._originals = []
@@ -222,7 +223,7 @@ class Injection(Inside):
     def close(self) -> None:
         with contextlib.suppress(IndexError):
             while True:
-                self._originals.pop().sock.close()
+                self._close(self._originals.pop().sock)
 
     def _rank(self, address, port):
         """How good a place that is to listen: the lower the better; None for one that does not count."""
@@ -259,10 +260,15 @@ class Injection(Inside):
         """Put the process's own sockets, which listen inside from now on, back in the place of ours."""
         for each in [each for each in self._originals if each.process == process]:
             self._originals.remove(each)
-            with each.sock, contextlib.suppress(OSError), socket_of(process, each.fd) as there:
-                if cookie(there) == cookie(self._listener):
-                    each.sock.listen(BACKLOG)
-                    self._put(notify, ident, process, each.fd, self._listener, each.sock)
+            with contextlib.suppress(OSError):
+                there = socket_of(process, each.fd)
+                try:
+                    if cookie(there) == cookie(self._listener):
+                        each.sock.listen(BACKLOG)
+                        self._put(notify, ident, process, each.fd, self._listener, each.sock)
+                finally:
+                    self._close(there)
+            self._close(each.sock)
 
     def _put(self, notify, ident, tid, fd, old, new):
         """Replace `old`, which thread `tid` has at `fd`, by `new`, as non-blocking and inheritable as the caller's."""
@@ -321,7 +327,7 @@ class Injector:
             mine = [watched for watched in self._watched.values() if watched.inside is inside]
             for watched in mine:
                 self._unwatch(watched)
-        threading.Thread(target=inside.close, name='close originals', daemon=True).start()
+        inside.close()
 
     def check(self) -> None:
         """Raises Stuck when an answer takes long. For the monitor."""

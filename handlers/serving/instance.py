@@ -188,9 +188,9 @@ class Instance:
             self.become(InstanceState.DRAINING)
 
     def _close(self, owned):
-        """Close what the instance has shared or sent."""
+        """Close what the instance has shared or sent. From any thread."""
         if not self._around.apart.close(self.pool.name, owned):
-            self.kill('keeps faasd waiting at close() of its sockets')
+            self._around.loop.call(self.kill, 'keeps faasd waiting at close() of its sockets')
 
     def _close_connection(self, connection):
         if self._around.guarded:
@@ -228,7 +228,7 @@ class Instance:
             container.kill()
 
     def _make_listens(self):
-        return Inside(self.pool.name)
+        return Inside(self.pool.name, self._close)
 
     def _end_listens(self):
         if self._listens:

@@ -10,6 +10,7 @@ from handlers.containers.containers import Container
 from handlers.containers.logs import LogPipe
 from handlers.images.spec import candidates, signal_number
 from handlers.serving import injection
+from handlers.serving.apart import is_empty
 from handlers.serving.instance import TRANSITIONS, Handler, Instance, InstanceState, Revision, ServingMode
 from host.sock_diag import cookie
 
@@ -71,7 +72,7 @@ class Program(Instance):
 
     def _make_listens(self):
         report = lambda *what: self._around.loop.call(self._listened, *what)  # noqa: E731
-        return injection.Injection(self.pool.name, self.revision.spec, self.listener, report)
+        return injection.Injection(self.pool.name, self._close, self.revision.spec, self.listener, report)
 
     # Listening by itself
 
@@ -146,7 +147,7 @@ class Program(Instance):
                 asking.setblocking(False)
                 self._asking.append(asking)
                 if len(self._asking) > self.max_connections:
-                    self._close(self._asking.popleft())
+                    self._close_asking(self._asking.popleft())
         except BlockingIOError:
             pause_s = None
         except OSError:  # out of descriptors
@@ -180,8 +181,14 @@ class Program(Instance):
             except OSError:
                 pass
             finally:
-                self._close(asking)
+                self._close_asking(asking)
         return False
+
+    def _close_asking(self, asking):
+        if is_empty(asking):
+            asking.close()
+        else:
+            self._close(asking)
 
     # Its end
 
@@ -241,7 +248,7 @@ class Program(Instance):
             self._around.loop.unwatch(self._container.control.fileno())
             self._close(self._container.control)
         while self._asking:
-            self._close(self._asking.popleft())
+            self._close_asking(self._asking.popleft())
 
     def ended_well(self, reason: str) -> bool:
         """A program may serve one connection each time, and exit."""
