@@ -16,7 +16,7 @@ import unittest
 
 import registry
 import vpn_manager
-from host import firewall
+from host import firewall, process
 from host.guard import Guard, Unguarded
 from tests import inside, lab, serving
 
@@ -213,6 +213,20 @@ def route_by_a_header(connection, channel):
     return 'set'
 
 
+def send_by_the_lan(connection, channel):
+    route_by_a_header(connection, channel)
+    with contextlib.suppress(OSError):
+        connection.send(b'in clear')
+    time.sleep(0.1)
+    return 'sent'
+
+
+def other_marks():
+    """A rule of the host's own that sets marks, as those of VPNs and container engines."""
+    chain = 'chain output { type route hook output priority -150; policy accept;\n meta mark set ct mark\n }'
+    process.run(['nft', '-f', '-'], input=f'table ip6 other {{\n {chain}\n}}\n')
+
+
 def wait_at_close(connection, channel):
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 3600))
     return 'set'
@@ -250,16 +264,35 @@ class PassedSocket(unittest.TestCase):
             self.kept = prepare()
             told = []
             with database():
-                for load in (None, TABLE.load, TABLE.remove):
+                for load in (None, TABLE.load, other_marks, TABLE.remove):
                     if load:
                         load()
                     with Stranger(reach_the_host) as stranger:
                         told.append(stranger.give())
             return told
 
-        without, with_rules, again = inside.call(self.server, attack)
+        without, with_rules, with_other_marks, again = inside.call(self.server, attack)
         self.assertEqual(('the database', 'the database'), (without, again), 'the attack itself does not work')
-        self.assertEqual('TimeoutError: timed out', with_rules)
+        self.assertEqual(['TimeoutError: timed out'] * 2, [with_rules, with_other_marks])
+
+    def test_nothing_marked_leaves_by_another_interface(self):
+        """A routing header in a packet of an open connection is no SYN; its way is the LAN's."""
+
+        def attack():
+            self.kept = prepare()
+            sent = []
+            for load in (None, TABLE.load):
+                if load:
+                    load()
+                process.run(['ip', '-6', 'neigh', 'flush', 'all'])
+                with Stranger(send_by_the_lan) as stranger:
+                    self.assertEqual('sent', stranger.give())
+                sent.append(process.run(['ip', '-6', 'neigh', 'show', '2001:db8::99']).stdout)
+            return sent
+
+        without, with_rules = inside.call(self.server, attack)
+        self.assertIn('2001:db8::99 dev', without, 'the attack itself does not work')
+        self.assertEqual('', with_rules)
 
     def test_a_listener_does_not_either_and_stays_where_it_is_bound(self):
         def attack():
