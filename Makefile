@@ -14,7 +14,7 @@ SCRIPTS = deps.sh install.sh .ci/run
 # that of a parameter by the second, which ruff cannot tell in one run.
 RETURNS = ANN201,ANN205,ANN206
 
-.PHONY: help deps demo install uninstall check test bench lint lint-tools lint-present clean python
+.PHONY: help deps demo install uninstall check test fuzz bench lint lint-tools lint-present clean python
 
 help:
 	@echo 'make deps       install what is missing: WireGuard, runc, nftables, CoreDNS ...'
@@ -23,6 +23,7 @@ help:
 	@echo 'make uninstall  take them away again, but for data and keys; PURGE=1 takes those too'
 	@echo 'make check      in half a minute: lint, and the tests that need neither root nor anything but Python'
 	@echo 'make test       run every test, or some: make test TESTS="test_registry test_faas.Connect"'
+	@echo 'make fuzz       throw wrong input at it for SECONDS=60; SEED=N repeats a run'
 	@echo 'make bench      how fast it is beside tar, a bare server and nginx; JSON=FILE, ROWS="go-keepalive ..."'
 	@echo 'make lint       check the code with ruff and the scripts with shellcheck'
 	@echo 'make clean      remove what the above left in this folder'
@@ -47,6 +48,10 @@ check: python
 test: python
 	@./deps.sh test
 	@$(AS_ROOT) $(PYTHON) -m tests $(if $(STRICT),--strict) $(TESTS)
+
+fuzz: python
+	@./deps.sh test
+	@$(AS_ROOT) $(PYTHON) -m tests.fuzz $(or $(SECONDS),60) $(SEED)
 
 bench: python
 	@./deps.sh test
