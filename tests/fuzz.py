@@ -475,7 +475,7 @@ time.sleep(make.choice([0, 60]))
 
 def functions(make):
     """Functions that send faasd anything: by the channel of runtime.py, and by /control.sock."""
-    with lab.pair() as (host, _), serving.standalone(host, FAAS_START_TIMEOUT='0.5') as server:
+    with lab.pair() as (host, _), serving.standalone(host, FAAS_START_TIMEOUT='0.5', FAAS_STOP_TIMEOUT='0.5') as server:
         honest = server.deploy('honest', serving.saying('honest')).json['ipv6']
         descriptors = server.descriptors()
         while True:
