@@ -89,6 +89,12 @@ class Pages(unittest.TestCase):
                 self.assertTrue(re.search(rf'\nclass {kind}\b', code))
                 self.assertTrue(re.search(rf'(def |self\.){member}\b', code))
 
+    def test_what_security_says_is_tested(self):
+        text = (lab.REPO / 'docs/SECURITY.md').read_text()
+        named = set(re.findall(r'`((?:tests|host)/\w+\.py)`', text))
+        self.assertGreater(len(named), 15)
+        self.assertEqual([], [path for path in sorted(named) if not (lab.REPO / path).exists()])
+
     def test_the_readme_names_how_to_contribute(self):
         part = (lab.REPO / 'README.md').read_text().partition('\n## Contribute\n')[2]
         self.assertIn('(CONTRIBUTING.md)', part)
