@@ -45,7 +45,7 @@ STUCK_S = 5  # how long an answer may take before that is a problem
 NO_THREAD_PAUSE_S = 0.1
 BEST = (0, False)  # the first candidate, on IPv6: there is nothing to give back for
 # A function that does nothing but listen() shall not take the processor from the others.
-MANY_S, MANY, PAUSE_S = 1, 100, 0.005
+MANY_S, MANY, PAUSE_S = 1, 100, 0.02
 
 libc = ctypes.CDLL(None, use_errno=True)
 
