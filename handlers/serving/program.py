@@ -4,12 +4,11 @@ import collections
 import contextlib
 import os
 import socket
-import time
 
 from handlers.containers.containers import Container
 from handlers.containers.logs import LogPipe
 from handlers.images.spec import candidates, signal_number
-from handlers.serving import injection
+from handlers.serving import injection, probe
 from handlers.serving.apart import is_empty
 from handlers.serving.instance import TRANSITIONS, Handler, Instance, InstanceState, Revision, ServingMode
 from host.sock_diag import cookie
@@ -98,21 +97,14 @@ class Program(Instance):
 
     def _probe(self, where):
         """In a thread of its own: does it talk to IPv6 clients, though it made an IPv4 socket?"""
-        loop, heard, deadline = self._around.loop, None, time.monotonic() + PROBE_TIMEOUT_S
+        loop, heard = self._around.loop, None
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as client:
             client.settimeout(PROBE_TIMEOUT_S)
             client.bind((self._around.gateway, 0))
             end, port = client.getsockname()[0], client.getsockname()[1]
             end = int.from_bytes(socket.inet_pton(socket.AF_INET6, end)[-4:], 'big')
             client.connect((loop.wait(self.pool.steer_probe, self, end, port), 80))
-            try:
-                client.sendall(b'GET / HTTP/1.0\r\nHost: %s.faas\r\n\r\n' % self.pool.name.encode())
-                heard = client.recv(65536)
-                client.shutdown(socket.SHUT_WR)
-                while client.recv(65536):  # to its end, or the server may complain of us
-                    client.settimeout(max(0.001, deadline - time.monotonic()))
-            except ConnectionError:
-                heard = heard or b''
+            heard = probe.ask(client, self.pool.name, PROBE_TIMEOUT_S)
         loop.call(self._probed, where, heard)
 
     def _probed(self, where, heard):
