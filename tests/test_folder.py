@@ -7,9 +7,9 @@ import tarfile
 import unittest
 
 from handlers.images import unpack
-from handlers.images.archive import ImageError
 from handlers.images.folder import FOLDER_DEPTH, check_inside
 from handlers.images.spec import Spec, tree
+from handlers.images.streams import ImageError
 from host import process
 from tests import images, inside
 from tests.staged import HANDLER, Staged, archive, entry
@@ -217,7 +217,7 @@ class Folders(Staged):
             ('port 80', 'faas.toml is not TOML'),
             ('x = ' + '[' * 5000, 'faas.toml is not TOML'),
             (b'\xff', 'not UTF-8'),
-            ('#' * 70_000, 'more than 65536 bytes'),
+            ('#' * 70_000, 'more than 16384 bytes'),
         ):
             with self.subTest(text[:20]):
                 error = self.refuse(archive(HANDLER, ('faas.toml', text)), pattern)

@@ -5,15 +5,17 @@ import os
 import pathlib
 import py_compile
 import re
+import resource
 import shlex
 import tomllib
 from collections.abc import Callable
 
-from handlers.images import archive
-from handlers.images.archive import ImageError, show
+from handlers.images.streams import ImageError, Reader, Section, SectionReader, show
+from handlers.images.tar import Member, members
 
+COMPILE_S, COMPILE_BYTES_A_SECOND = 3, 50_000  # of one processor; it takes a tenth of that
 FOLDER_ENTRIES, FOLDER_DEPTH = 20_000, 32
-MOST_SETTINGS = 64 << 10  # bytes of a faas.toml or a Procfile
+MOST_SETTINGS = 16 << 10  # bytes of a faas.toml or a Procfile: tomllib takes time by the square of a key's length
 
 
 def check_inside(path: str, name: str) -> None:
@@ -32,10 +34,10 @@ ALMOST = {  # what a folder without an entry has instead, and what it needs then
 }
 
 
-def fill_folder(reader: archive.Reader) -> None:
+def fill_folder(reader: Reader) -> None:
     """Unpack a tar into the current folder: files, folders, and links that stay inside. Raises ImageError."""
     made = set()
-    for member in archive.members(reader):
+    for member in members(reader):
         given = os.fsdecode(member.name)
         name = os.path.normpath(given)
         if name == '.' and member.kind == 'folder':
@@ -50,7 +52,7 @@ def fill_folder(reader: archive.Reader) -> None:
             raise ImageError(f'{show(given)} exists already', FOLDER_HINT) from error
 
 
-def put_in_folder(name: str, member: archive.Member, reader: archive.Reader) -> None:
+def put_in_folder(name: str, member: Member, reader: Reader) -> None:
     """Make one member of the tar as `name`. Raises ImageError, FileExistsError."""
     folder = os.path.dirname(name)
     if os.path.realpath(folder) != os.path.join('/', folder):  # else it may be deeper than the limit
@@ -74,22 +76,29 @@ def put_in_folder(name: str, member: archive.Member, reader: archive.Reader) -> 
         raise ImageError(f'{show(name)} is neither file, folder nor symbolic link', FOLDER_HINT)
 
 
-def precompile() -> None:
-    """Compile the Python files here. Tracebacks show /function, where the container sees the files."""
-    for where, _, names in os.walk('.'):
-        for name in names:
-            if name.endswith('.py'):
-                path = os.path.join(where, name)
-                with contextlib.suppress(Exception):  # running it reports the error better
-                    py_compile.compile(
-                        path,
-                        dfile=os.path.join('/function', os.path.relpath(path)),
-                        doraise=True,
-                        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
-                    )
+def precompile(name: str) -> None:
+    """Compile the Python files of the folder `name` here. Tracebacks show /function, where the container sees them.
+
+    It takes no longer than their size allows: the compiler takes much longer for some files. What is not compiled then
+    is compiled at each start.
+    """
+    os.chroot(name)
+    os.chdir('/')
+    os.umask(0o022)
+    paths = [os.path.join(where, each) for where, _, names in os.walk('.') for each in names if each.endswith('.py')]
+    most_s = COMPILE_S + sum(os.lstat(path).st_size for path in paths) // COMPILE_BYTES_A_SECOND
+    resource.setrlimit(resource.RLIMIT_CPU, (most_s, most_s))
+    for path in paths:
+        with contextlib.suppress(Exception):  # running it reports the error better
+            py_compile.compile(
+                path,
+                dfile=os.path.join('/function', os.path.relpath(path)),
+                doraise=True,
+                invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+            )
 
 
-def do_folder(section: archive.Section, name: str, count: Callable[[int], None]) -> dict:
+def do_folder(section: Section, name: str, count: Callable[[int], None]) -> dict:
     """Unpack a folder as `name` here and read its settings. Returns the fields of its spec. Raises ImageError.
 
     count() is told how many bytes that are, and raises ImageError when they are too many.
@@ -99,10 +108,8 @@ def do_folder(section: archive.Section, name: str, count: Callable[[int], None])
     os.chdir('/')
     os.umask(0o022)
     count(section.size)
-    fill_folder(archive.SectionReader(section))
-    spec = folder_spec()
-    precompile()
-    return spec
+    fill_folder(SectionReader(section))
+    return folder_spec()
 
 
 SETTINGS = {  # a setting of faas.toml → what a value must be

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import BinaryIO
 
-from handlers.images.archive import ImageError
 from handlers.images.layers import Layers, remove_tree
 from handlers.images.spec import Spec, is_hex, is_tuple
+from handlers.images.streams import ImageError
 from host import disk, files, process
 
 CHUNK = 1 << 20
@@ -68,6 +68,8 @@ class Staging:
     ) -> None:
         self._functions = functions
         self._layers, self._pinned, self._new, self.spec = layers, set(), [], None
+        self.removal_s = 300  # how long the removal may take; the next start of faasd removes what is left
+        self._blobs = []  # (digest of the layer, digest of a blob that holds it)
         self._order = {'id_base': id_base, 'most_bytes': most_bytes, 'reference': reference}
         with disk.refusals(functions), contextlib.ExitStack() as undo:
             os.makedirs(functions, mode=0o700, exist_ok=True)
@@ -81,14 +83,17 @@ class Staging:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, frames: TracebackType | None) -> None:
-        remove_tree(self._folder)
+        remove_tree(self._folder, self.removal_s)
         self._layers.unpin(self._pinned)
         self._pinned = set()
 
-    def receive(self, read: Callable[[int], bytes], length: int | None) -> Spec:
+    def receive(
+        self, read: Callable[[int], bytes], length: int | None, is_wanted: Callable[[], bool] = lambda: True
+    ) -> Spec:
         """Store and unpack an archive of `length` bytes from read(n). None: read until the end.
 
-        Returns the Spec. Raises ImageError; DiskRefuses; EOFError if the archive is cut; what read() raises.
+        Unpacking ends when is_wanted() says no. Returns the Spec. Raises ImageError; DiskRefuses; EOFError if the
+        archive is cut; ConnectionAbortedError if it is not wanted any more; what read() raises.
         """
         with disk.refusals(self._functions), tempfile.TemporaryFile(dir=self._folder, buffering=0) as spool:
             with contextlib.closing(Writer(spool)) as writer:
@@ -102,7 +107,7 @@ class Staging:
                     writer.write(chunk)
             spool.seek(0)
             self._pinned = self._layers.pin_present()
-            answer = self._unpack(spool)
+            answer = self._unpack(spool, is_wanted)
         try:
             self.spec = Spec.checked(answer['spec'])
             self._new = answer['layers']
@@ -111,14 +116,19 @@ class Staging:
             for name in self._new if self.spec.kind == 'image' else ['tree']:
                 if os.path.islink(os.path.join(self._work, name)) or not os.path.isdir(os.path.join(self._work, name)):
                     raise ValueError(f'{name} was not made')
-            if missing := set(self.spec.layers) - self._pinned - set(self._new):
+            needed = set(self.spec.layers)
+            if missing := needed - self._pinned - set(self._new):
                 raise ValueError(f'{len(missing)} layers were not made')
+            self._blobs = [(digits, blob) for digits in needed for blob in answer['blobs'].get(digits, ())]
+            if not all(is_hex(blob) for _, blob in self._blobs):
+                raise ValueError('a digest is none')
             for digits, folders in answer['opaque'].items():
                 for folder in folders if digits in self._new else ():
                     make_opaque(os.path.join(self._work, digits), folder)
-        except (KeyError, TypeError, ValueError) as error:
+            if any(answer['opaque'].values()):
+                files.sync_file_system(self._work)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ImageError(f'the archive cannot be unpacked: {error}') from error
-        needed = set(self.spec.layers)
         self._layers.pin(needed)
         self._layers.unpin(self._pinned)
         self._pinned = needed
@@ -126,16 +136,18 @@ class Staging:
             process.run(['chown', '-hR', '0:0', os.path.join(self._work, 'tree')], timeout_s=300)
         return self.spec
 
-    def _unpack(self, spool: BinaryIO) -> dict:
-        """The answer of the unprivileged process. Raises ImageError, DiskFull."""
+    def _unpack(self, spool: BinaryIO, is_wanted: Callable[[], bool]) -> dict:
+        """The answer of the unprivileged process. Raises ImageError, DiskFull, ConnectionAbortedError."""
         order = os.path.join(self._folder, 'order.json')
         with open(order, 'w') as file:
-            json.dump({**self._order, 'folder': self._work, 'stored': sorted(self._pinned)}, file)
+            stored = {digits: self._layers.blobs(digits) for digits in self._pinned}
+            json.dump({**self._order, 'folder': self._work, 'stored': stored, 'parent': os.getpid()}, file)
         try:
-            done = process.run(
-                ['/usr/bin/python3', '-I', '-S', WORKER, order], stdin=spool, ok=range(256), timeout_s=UNPACK_TIMEOUT_S
-            )
+            argv = ['/usr/bin/python3', '-I', '-S', WORKER, order]
+            done = process.run_while(is_wanted, argv, stdin=spool, timeout_s=UNPACK_TIMEOUT_S)
         except process.CommandError as error:
+            if not is_wanted():
+                raise ConnectionAbortedError from error
             raise ImageError(f'the archive cannot be unpacked: {error.reason}') from error
         if done.returncode == errno.ENOSPC:
             raise disk.refusal(errno.ENOSPC, self._functions)
@@ -157,6 +169,8 @@ class Staging:
             if self._new:
                 files.sync_folder(self._layers.folder)
                 files.sync_folder(os.path.dirname(self._layers.folder))
+            for digits, blob in self._blobs:
+                self._layers.add_blob(digits, blob)
             revision = os.path.join(self._folder, 'revision')
             os.mkdir(revision, mode=0o755)
             if self.spec.kind != 'image':
@@ -170,7 +184,7 @@ class Staging:
 
 
 def make_opaque(top: str, path: str) -> None:
-    """Mark the folder `path` below `top` so that overlayfs shows nothing of the layers under it.
+    """Mark the folder `path` below `top` so that overlayfs shows nothing of the layers under it. The caller syncs it.
 
     Only the daemon can set this attribute. The kind that users can set does not work: overlayfs must set the same in
     the writable layer of an instance, which is a tmpfs, and a tmpfs takes user attributes only since Linux 6.6.
@@ -185,7 +199,6 @@ def make_opaque(top: str, path: str) -> None:
                 os.close(fd)
                 fd = below
         os.setxattr(fd, 'trusted.overlay.opaque', b'y')
-        os.fsync(fd)
     except (FileNotFoundError, NotADirectoryError):  # a later entry of the layer has removed it
         pass
     finally:
