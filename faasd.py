@@ -251,6 +251,7 @@ class Daemon:
             settings['stop_timeout'],
             settings['idle_timeout'],
             registry.GATEWAY,
+            most_connections=self.server.most_connections,
         )
         self.functions = Functions(
             self.registry,
