@@ -30,6 +30,7 @@ from handlers.serving.scaler import Scaler
 
 __all__ = ['Pool', 'Revision', 'StartFailed', 'Surroundings']
 
+LISTENERS = 2  # that a function may have
 DISCARDED_INSTANCE_MAX_S = 5  # how long an instance that never served may take to end
 
 
@@ -143,6 +144,10 @@ class Pool(ForOtherThreads):
         elif not self._scaler.wanted(counted, 1, waiting=False) and not self._starting and not self._trials:
             self._scale_to_zero()
 
+    def descriptors(self) -> int:
+        """How many of faasd's descriptors the function takes, about."""
+        return LISTENERS + len(self._waiting) + sum(instance.descriptors() for instance in self.instances)
+
     def serves_itself(self) -> bool:
         """True if an instance serves what faasd does not accept."""
         return self._serving is not None and self._serving.listens_itself
@@ -155,6 +160,11 @@ class Pool(ForOtherThreads):
         self._serving = None
         self.instances.remove(serving)
         return True
+
+    def kill(self, reason: str) -> None:
+        """End every instance now."""
+        for instance in self.instances:
+            instance.kill(reason)
 
     def close(self, within_s: float) -> concurrent.futures.Future:
         """Serve nothing more; a Future that is done when every instance has ended, after within_s at the latest."""
