@@ -25,8 +25,8 @@ def ask(client: socket.socket, name: str, within_s: float) -> bytes | None:
         while more and count < MOST_BYTES and time.monotonic() < deadline:  # to its end, or the server may complain
             more = receive()
             count += len(more)
-    except ConnectionError:
-        return heard or b''
     except TimeoutError:
         pass
+    except OSError:  # it was reset, or is over
+        return heard or b''
     return heard
