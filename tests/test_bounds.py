@@ -58,6 +58,35 @@ def flood(connection):
         except BlockingIOError:
             return size
 
+def own_tcp():
+    'Between sockets of its own, which no watch of the host sees.'
+    with socket.create_server(('::1', 0), family=socket.AF_INET6, backlog=128) as listener:
+        for _ in range(60):
+            pair = socket.create_connection(listener.getsockname()[:2]), listener.accept()[0]
+            kept.extend(pair)
+            for each in pair:
+                each.setblocking(False)
+                quiet = 0
+                while quiet < 3:
+                    try:
+                        each.send(bytes(1 << 20))
+                    except BlockingIOError:
+                        quiet += 1
+                        time.sleep(0.001)
+
+def own_udp():
+    for _ in range(60):
+        taker = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        taker.bind(('::1', 0))
+        taker.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 30)
+        kept.append(taker)
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sender:
+            for _ in range(2000):
+                try:
+                    sender.sendto(bytes(4000), taker.getsockname())
+                except OSError:  # no buffer space
+                    return
+
 def handle(connection, address):
     what = connection.recv(4096).split()[1][1:].decode()
     if what == 'flood':
@@ -202,11 +231,24 @@ class Bounds(unittest.TestCase):
         self.assertEqual('control', self.get('control'))
         self.server.deploy('folder', {'handler.py': ATTACKER})
 
+    def test_what_a_function_sends_to_itself_is_bounded(self):
+        for attack, kind in (('own_tcp', 'TCP'), ('own_udp', 'UDP')):
+            before = socket_memory(kind)
+            self.attack(attack)
+            self.assertLess(socket_memory(kind) - before, 300 << 20, attack)
+            self.server.deploy('folder', {'handler.py': ATTACKER})
+
     def test_the_units_say_the_same(self):
         for unit in ('faasd.service', 'faas-coredns.service', 'wg-quick@.conf'):
             self.assertIn(f'OOMScoreAdjust={OOM_OWN}\n', (lab.REPO / 'systemd' / unit).read_text(), unit)
         # Without that runc cannot keep a function from setting its own to that of faasd.
         self.assertIn('CAP_SYS_RESOURCE', (lab.REPO / 'systemd/faasd.service').read_text())
+
+
+def socket_memory(kind):
+    """The kernel's memory for all sockets of a kind: 'TCP' or 'UDP'."""
+    with open('/proc/net/sockstat') as file:
+        return int(re.search(rf'{kind}:.* mem (\d+)', file.read())[1]) * os.sysconf('SC_PAGE_SIZE')
 
 
 def is_open(client):

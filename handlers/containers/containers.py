@@ -22,6 +22,7 @@ from host import process, sock_diag
 from host.errors import EXPECTED, FaasError
 
 ID_SLOTS = 4096
+MEMORY_V1 = '/sys/fs/cgroup/memory'
 NOTIFIER = 'notify.sock'  # where the OCI runtime brings the descriptor that asks for each listen()
 LEFTOVERS_END_S = 10  # how long killed containers of a former run may take to end
 
@@ -238,6 +239,7 @@ class Containers:
         user = config['process']['user']
         os.fchown(fds[1], base + user['uid'], base + user['gid'])
         self._write(bundle_dir, 'config.json', config)
+        self._bound_sockets(ident)
         pid_file, errors = os.path.join(bundle_dir, 'pid'), os.path.join(bundle_dir, 'runtime.log')
         # No session keyring: a host that is itself a container may refuse one, and keyctl is refused to functions.
         run = ['run', '--detach', '--no-new-keyring', '--bundle', bundle_dir, '--pid-file', pid_file]
@@ -246,6 +248,20 @@ class Containers:
         if code:
             said = self._runtime_said(errors) or f'{self._runtime[0]} ended with exit code {code}'
             raise ContainerError(*program_missing(said, spec) or (said,))
+
+    def _bound_sockets(self, ident):
+        """Bound what waits in the instance's TCP and UDP sockets: cgroup v1 has another limit for that than for memory.
+
+        The kernel does not count sockets that were there before, and runc no longer sets it (kernelTCP).
+        """
+        folder = f'{MEMORY_V1}{self._cgroup}/{ident}'
+        if os.path.isdir(MEMORY_V1):
+            os.makedirs(folder)
+            with (
+                contextlib.suppress(FileNotFoundError, PermissionError),  # a later kernel may be without it
+                open(f'{folder}/memory.kmem.tcp.limit_in_bytes', 'w') as file,
+            ):
+                file.write(str(self.limits.memory))
 
     def _mapping(self, inner, base, size):
         """The user namespace that maps `size` ids from `inner` to those from `base`. It is made once and kept.
@@ -287,6 +303,9 @@ class Containers:
             if os.path.isdir(root):
                 with contextlib.suppress(process.CommandError):  # the runtime may be uninstalled by now
                     process.run([runtime, '--root', root, 'delete', '--force', ident], ok=range(256))
+        for where in self._cgroups():  # of one that the runtime did not come to know
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.join(where, ident))
         shutil.rmtree(os.path.join(self._instances, ident), ignore_errors=True)
 
     @staticmethod
