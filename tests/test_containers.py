@@ -165,6 +165,12 @@ class Sees(inside.InHost):
                         self.assertEqual(['OSError', 'EAFNOSUPPORT'], made, family)
 
     @inside.inside
+    def test_of_netlink_only_what_lists_interfaces(self):
+        answers = self.run_in(*(f'syscall({SOCKET}, 16, socket.SOCK_RAW, {protocol})' for protocol in (1, 2, 4, 9, 16, 21)))
+        self.assertEqual([['OSError', 'EPROTONOSUPPORT']] * 6, answers)
+        self.assertEqual([['lo']], self.values('[name for _, name in socket.if_nameindex()]'))
+
+    @inside.inside
     def test_no_pair_but_of_unix_sockets_and_nothing_newer_than_the_filter(self):
         pair = 'ctypes.create_string_buffer(8)'
         answers = self.run_in(

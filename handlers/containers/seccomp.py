@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Iterator
 
-EPERM, ENOSYS, EAFNOSUPPORT = 1, 38, 97
+EPERM, ENOSYS, EPROTONOSUPPORT, EAFNOSUPPORT = 1, 38, 93, 97
 # System calls that Docker's default profile refuses a container without capabilities: they fail with EPERM. One that
 # stands in no list fails with ENOSYS, as on a kernel that does not have it, so programs and libraries use an older one.
 # fmt: off
@@ -24,7 +24,8 @@ CLONE_NEW = 0x7E020000  # CLONE_NEWNS NEWCGROUP NEWUTS NEWIPC NEWUSER NEWPID NEW
 # A network namespace does not confine every address family (AF_VSOCK reaches the hypervisor). socketpair() can make
 # sockets of other families than AF_UNIX, too (AF_TIPC). The kernel looks only at the lower 32 bits of these arguments.
 AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16
-FAMILIES = {'socket': (AF_UNIX, AF_INET, AF_INET6, AF_NETLINK), 'socketpair': (AF_UNIX,)}
+FAMILIES = {'socket': (AF_UNIX, AF_INET, AF_INET6), 'socketpair': (AF_UNIX,)}
+NETLINK_ROUTE = 0  # lists interfaces. Other protocols reach more of the kernel
 # A passed socket belongs to the host's network namespace: its ioctl requests 0x8900 to 0x89ff list and change the
 # interfaces there.
 SOCKET_IOCTLS = 0x8900
@@ -132,8 +133,14 @@ def _sandbox(refused):
         for name, allowed in FAMILIES.items()
         for rule in (
             *(allow(name, **masked(0, 0xFFFFFFFF, family)) for family in allowed),
-            *(refuse(name, errno=EAFNOSUPPORT, **other) for other in all_but(0, allowed)),
+            *(refuse(name, errno=EAFNOSUPPORT, **other) for other in all_but(0, [*allowed, AF_NETLINK])),
         )
+    ]
+    netlink = masked(0, 0xFFFFFFFF, AF_NETLINK)
+    families += [
+        allow('socket', args=[netlink, masked(2, 0xFFFFFFFF, NETLINK_ROUTE)]),
+        *(refuse('socket', errno=EPROTONOSUPPORT, args=[netlink, other]) for other in all_but(2, [NETLINK_ROUTE])),
+        refuse('socketpair', errno=EAFNOSUPPORT, **netlink),
     ]
     socket_level = masked(1, 0xFFFFFFFF, SOL_SOCKET)
     return _filter(
