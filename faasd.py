@@ -60,6 +60,7 @@ CONTROL_PORT = 8080
 UNUSED_ADDRESS = 'fd00:faa5::'  # a port is taken there only by who listens on every address
 OWN_PORTS_HINT = 'let it listen on addresses of its own, not on [::]'
 PR_SET_CHILD_SUBREAPER = 36
+OOM_SCORE_ADJ = -500  # of faasd, CoreDNS and wireguard-go, as Docker's; bundle.py has that of instances
 DISK_LOOK_S = 10
 COPY_LOOK_S = 600
 THREADS_LOOK_S = 1  # how often the main thread looks whether the others live
@@ -384,8 +385,14 @@ def unix_socket(path: str) -> socket.socket:
 # The program
 
 
-def prepare_process() -> None:
-    """What the process needs of the kernel: orphans of runc as its children, and many descriptors."""
+def prepare_process(standalone: bool) -> None:
+    """What the process needs of the kernel: orphans of runc as its children, and many descriptors.
+
+    With `standalone` also what faasd.service gives it: functions are ended first when the machine has no memory left.
+    """
+    if standalone:
+        with contextlib.suppress(PermissionError), open('/proc/self/oom_score_adj', 'w') as file:
+            file.write(str(OOM_SCORE_ADJ))
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise StartError('prctl(PR_SET_CHILD_SUBREAPER) failed')
     os.umask(0o022)  # a stricter one of root's would keep containers out of their root file system
@@ -436,7 +443,7 @@ def run(arguments: argparse.Namespace, ending: int, events: Events) -> None:
     missing = [program for program in needed if not process.installed(program)]
     if missing:
         raise StartError(f'not installed: {", ".join(missing)}', "'make deps' installs what is missing")
-    prepare_process()
+    prepare_process(arguments.standalone)
     if arguments.prepare:
         return Daemon(settings, arguments.standalone, events).prepare()
     events.emit('faasd', f'faasd {VERSION}')

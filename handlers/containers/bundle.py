@@ -57,7 +57,7 @@ class Configurations(NamedTuple):
                 'args': list(spec.args),
                 'capabilities': capabilities(),
                 'noNewPrivileges': True,
-                'oomScoreAdj': 500,
+                'oomScoreAdj': 500,  # root's to lower: the runtime sets it with CAP_SYS_RESOURCE
                 'rlimits': [
                     {'type': 'RLIMIT_NOFILE', 'hard': files, 'soft': files},
                     {'type': 'RLIMIT_CORE', 'hard': 0, 'soft': 0},
@@ -107,7 +107,7 @@ class Configurations(NamedTuple):
         config['root'] = {'path': self.rootfs, 'readonly': True}
         config['mounts'] += [
             tmpfs('/run', '1m', '755'),
-            tmpfs('/tmp', '64m', '1777'),
+            tmpfs('/tmp', '64m', '755'),
             host('/usr', '/usr'),
             host('/function', tree),
         ]

@@ -66,10 +66,11 @@ def apart(function: Callable[[], object]) -> object:
 
 def lay_out(root: str) -> None:
     """Make or update the root file system that all folder functions share: mount points, links, and the runtime."""
-    # With a user namespace every mount point must exist, and a tmpfs gets the mode of its mount point (runc 1.1).
+    # With a user namespace every mount point must exist, and a tmpfs gets the mode of its mount point (runc 1.1). So
+    # /tmp is not for everybody: a folder has one id, and users of the host can reach this one.
     for folder in ('dev', 'etc', 'function', 'opt/faas', 'proc', 'run', 'sys', 'tmp', 'usr', 'var'):
         os.makedirs(os.path.join(root, folder), exist_ok=True)
-    os.chmod(os.path.join(root, 'tmp'), 0o1777)
+    os.chmod(os.path.join(root, 'tmp'), 0o755)  # a former faasd made it 1777
     links = {'control.sock': 'run/faas/control.sock', 'var/tmp': '/tmp'}
     for name in ('bin', 'sbin', 'lib', 'lib32', 'lib64', 'libx32'):
         if os.path.islink(f'/{name}'):
