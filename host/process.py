@@ -117,9 +117,16 @@ def run_with_fds(argv: Sequence[str], fds: Mapping[int, int], timeout_s: float =
         os.close(pidfd)
 
 
-def user_namespace(mapping: str, timeout_s: float = 5) -> int:
-    """A descriptor (owned by the caller) of a new user namespace with this uid_map and gid_map (user_namespaces(7))."""
-    process = popen(['unshare', '--user', 'cat'], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+def user_namespace(mapping: str, owner: int = 0, timeout_s: float = 5) -> int:
+    """A descriptor (owned by the caller) of a new user namespace with this uid_map and gid_map (user_namespaces(7)).
+
+    The kernel counts what is used in it (inotify instances, signals that wait, namespaces …) as `owner`'s, too.
+    """
+    argv = ['unshare', '--user', 'cat']
+    if owner:  # some hosts let only those with CAP_SYS_ADMIN make one
+        ids = [f'--reuid={owner}', f'--regid={owner}', '--clear-groups']
+        argv = ['setpriv', *ids, '--inh-caps=+sys_admin', '--ambient-caps=+sys_admin', *argv]
+    process = popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     try:
         path = f'/proc/{process.pid}/ns/user'
         own, deadline = os.readlink('/proc/self/ns/user'), time.monotonic() + timeout_s

@@ -1,28 +1,53 @@
 """What a function may use of things that all functions, faasd and the machine share; each bound is attacked here."""
 
 import contextlib
+import ctypes
+import json
 import os
 import re
 import stat
 import unittest
 
-from tests import images, lab, programs, serving
+from tests import images, inside, lab, programs, serving
 
-OOM_FUNCTIONS, OOM_OWN = '500', '-500'
-READER = """
-def handle(connection, address):
-    connection.recv(4096)
-    with open('/proc/self/oom_score_adj') as file:
-        before = file.read().strip()
+OOM_FUNCTIONS, OOM_OWN = 500, -500
+ATTACKER = """
+import ctypes, errno, json, os, signal, socket, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+kept = []
+
+def oom_score():
     told = []
+    with open('/proc/self/oom_score_adj') as file:
+        told.append(int(file.read()))
     for wanted in ('400', '-500', '1000', '500'):
         try:
             with open('/proc/self/oom_score_adj', 'w') as file:
                 file.write(wanted)
             told.append('set')
         except OSError as error:
-            told.append(error.strerror)
-    connection.sendall(b'HTTP/1.0 200 OK\\r\\n\\r\\n' + ' '.join([before, *told]).encode())
+            told.append(errno.errorcode[error.errno])
+    return told
+
+def inotify():
+    count = 0
+    while (fd := libc.inotify_init1(0)) >= 0 and count < 4000:
+        kept.append(fd)
+        count += 1
+    return [count, errno.errorcode[ctypes.get_errno()]]
+
+def signals():
+    'That nobody takes.'
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGRTMIN])
+    count, me = 0, ctypes.c_ulong(threading.get_ident())
+    while count < 20000 and libc.pthread_sigqueue(me, signal.SIGRTMIN, ctypes.c_void_p(0)) == 0:
+        count += 1
+    return count
+
+def handle(connection, address):
+    what = connection.recv(4096).split()[1][1:].decode()
+    answer = globals()[what]()
+    connection.sendall(b'HTTP/1.0 200 OK\\r\\n\\r\\n' + json.dumps(answer).encode())
 """
 CONTROL = """
 import socket
@@ -71,7 +96,7 @@ class Bounds(unittest.TestCase):
         cls.server = cls.enterClassContext(serving.standalone(cls.host))
         cls.addresses = {}
         for name, source in (
-            ('folder', {'handler.py': READER}),
+            ('folder', {'handler.py': ATTACKER}),
             ('image', image()),
             ('control', {'faas.toml': 'command = ["python3", "serve.py"]', 'serve.py': CONTROL}),
         ):
@@ -86,6 +111,10 @@ class Bounds(unittest.TestCase):
 
     def get(self, name, path='/', **options):
         return self.server.get(self.addresses[name], path, **options)
+
+    def attack(self, what, name='folder'):
+        """What the function says of an attack."""
+        return json.loads(self.get(name, f'/{what}'))
 
     def processes(self, *names):
         """{name: pid} of the host's processes with these names."""
@@ -103,21 +132,43 @@ class Bounds(unittest.TestCase):
         self.assertEqual([], found)
 
     def test_functions_are_ended_before_what_serves_them(self):
-        before, attempts = self.get('folder').split(' ', 1)
+        before, *attempts = self.attack('oom_score')
         self.assertEqual(OOM_FUNCTIONS, before)
         faasd = self.host.run(['pgrep', '-of', 'faasd.py']).stdout.strip()
         helpers = self.processes('coredns', 'wireguard-go')
         self.assertIn('coredns', helpers)
         if may_lower_oom_score():
-            self.assertEqual('Permission denied Permission denied set set', attempts)
+            self.assertEqual(['EACCES', 'EACCES', 'set', 'set'], attempts)
             for pid in (faasd, *helpers.values()):
-                self.assertEqual(OOM_OWN, self.host.run(['cat', f'/proc/{pid}/oom_score_adj']).stdout.strip(), pid)
+                self.assertEqual(OOM_OWN, int(self.host.sh(f'cat /proc/{pid}/oom_score_adj')), pid)
+
+    def test_what_the_kernel_counts_for_each_user_is_the_functions_own(self):
+        count, error = self.attack('inotify')
+        self.assertEqual('EMFILE', error)
+        self.assertLessEqual(count, 4000)
+        self.assertGreaterEqual(inside.call(self.host, inotify), 0, f'root has none after {count} of a function')
+        before = pending_signals()
+        count = self.attack('signals')
+        self.assertGreater(count, 1000)
+        self.assertLess(pending_signals(), before + count // 2)
+        self.server.deploy('folder', {'handler.py': ATTACKER})  # without those signals
 
     def test_the_units_say_the_same(self):
         for unit in ('faasd.service', 'faas-coredns.service', 'wg-quick@.conf'):
             self.assertIn(f'OOMScoreAdjust={OOM_OWN}\n', (lab.REPO / 'systemd' / unit).read_text(), unit)
         # Without that runc cannot keep a function from setting its own to that of faasd.
         self.assertIn('CAP_SYS_RESOURCE', (lab.REPO / 'systemd/faasd.service').read_text())
+
+
+def inotify():
+    libc = ctypes.CDLL(None, use_errno=True)
+    return libc.inotify_init1(os.O_CLOEXEC)
+
+
+def pending_signals():
+    """How many signals wait for processes of this user."""
+    with open('/proc/self/status') as file:
+        return int(re.search(r'SigQ:\s*(\d+)', file.read())[1])
 
 
 def may_lower_oom_score():

@@ -8,6 +8,7 @@ from handlers.containers import seccomp
 from handlers.images.spec import Spec, candidates
 
 RUNTIME = '/opt/faas/runtime.py'
+MOST_FILES = 8192  # that a process of an instance may have open
 # Every instance has its own range of ids, so that no instance can signal, trace or read another, and none owns a file
 # of the host. The first range owns the layers of images on the host; when layers are mounted, it is mapped to the range
 # of the instance. The ranges lie above those that systemd gives to containers (UIDS-GIDS.md: 524288 to 1879048191) and
@@ -30,13 +31,12 @@ class Configurations(NamedTuple):
     cgroup: str
     rootfs: str
 
-    def shared(self, ident: str, name: str, spec: Spec, base: int, notifier: str) -> dict:
-        """The part that is alike for folders and images. `base` is the first host id.
+    def shared(self, ident: str, name: str, spec: Spec, base: int, users: int, notifier: str) -> dict:
+        """The part that is alike for folders and images. `base` is the first host id, `users` the user namespace.
 
         Whoever listens at the unix socket `notifier` is asked for each listen().
         """
         memory, pids, cpus = self.limits
-        files = min(8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1])  # a container cannot have more than we do
         resources = {
             'memory': {'limit': memory},
             'pids': {'limit': pids},
@@ -58,10 +58,6 @@ class Configurations(NamedTuple):
                 'capabilities': capabilities(),
                 'noNewPrivileges': True,
                 'oomScoreAdj': 500,  # root's to lower: the runtime sets it with CAP_SYS_RESOURCE
-                'rlimits': [
-                    {'type': 'RLIMIT_NOFILE', 'hard': files, 'soft': files},
-                    {'type': 'RLIMIT_CORE', 'hard': 0, 'soft': 0},
-                ],
             },
             'hostname': name,
             'mounts': [
@@ -75,7 +71,10 @@ class Configurations(NamedTuple):
                 tmpfs('/dev/shm', '64m' if spec.layers else '16m', '1777'),
             ],
             'linux': {
-                'namespaces': [{'type': kind} for kind in ('pid', 'mount', 'ipc', 'uts', 'network', 'user', 'cgroup')],
+                'namespaces': [
+                    *({'type': kind} for kind in ('pid', 'mount', 'ipc', 'uts', 'network', 'cgroup')),
+                    {'type': 'user', 'path': f'/proc/{os.getpid()}/fd/{users}'},
+                ],
                 'uidMappings': ids,
                 'gidMappings': ids,
                 'cgroupsPath': f'{self.cgroup}/{ident}',
@@ -169,6 +168,16 @@ class Configurations(NamedTuple):
 
 # Valid only in the instance's user namespace. KILL: a master that is root, such as gunicorn's, ends its workers.
 IMAGE_CAPABILITIES = ('CAP_CHOWN', 'CAP_SETUID', 'CAP_SETGID', 'CAP_DAC_OVERRIDE', 'CAP_KILL')
+
+
+def limited() -> list[str]:
+    """How to run the OCI runtime so that the instance has its limits (setrlimit(2)).
+
+    The runtime cannot set them: root has no power over a user namespace of another user where a container or a unit
+    keeps CAP_SYS_RESOURCE from it.
+    """
+    files = min(MOST_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])  # a container cannot have more than we do
+    return ['prlimit', f'--nofile={files}:{files}', '--core=0:0']
 
 
 def capabilities(*names: str) -> dict:

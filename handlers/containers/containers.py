@@ -54,7 +54,7 @@ class Containers:
         self._configurations = bundle.Configurations(limits, self._cgroup, self._rootfs)
         self._leftovers: dict[str, Container | None] = {}  # id → its ended container, if that had a process
         self._remover, self._closing = None, False
-        self._mappings = {}  # slot → the user namespace that maps the owners of layers to it
+        self._mappings = {}  # (first inner id, first id, how many) → the user namespace that maps them
 
     def prepare(self, wanted: Callable[[dict], bool] = lambda record: False) -> list[tuple[dict, 'Container']]:
         """End the instances that a former run left, and lay out the root file system that all folders share.
@@ -223,10 +223,12 @@ class Containers:
     def _run(self, ident, name, spec, tree, bundle_dir, base, fds):
         """Let the OCI runtime start the container with the descriptors `fds`."""
         make = self._configurations
-        config = make.shared(ident, name, spec, base, os.path.join(bundle_dir, NOTIFIER))
+        users = self._mapping(0, base, ID_RANGE if spec.layers else 1)
+        config = make.shared(ident, name, spec, base, users, os.path.join(bundle_dir, NOTIFIER))
         if spec.layers:
             layers = [os.path.join(tree, layer) for layer in spec.layers]
-            root = rootfs.mount(self._image, layers, self._mapping(base), self.limits.memory // 2, base)
+            owners = self._mapping(self._layers_base, base, ID_RANGE)
+            root = rootfs.mount(self._image, layers, owners, self.limits.memory // 2, base)
             make.add_image(config, spec, root, *rootfs.find_user(root, spec.user))
         else:
             make.add_folder(config, spec, tree)
@@ -240,17 +242,20 @@ class Containers:
         # No session keyring: a host that is itself a container may refuse one, and keyctl is refused to functions.
         run = ['run', '--detach', '--no-new-keyring', '--bundle', bundle_dir, '--pid-file', pid_file]
         run += ['--preserve-fds', '1'] if protocol.CHANNEL_FD in fds else []
-        code = process.run_with_fds([*self._runtime, '--log', errors, *run, ident], fds)
+        code = process.run_with_fds([*bundle.limited(), *self._runtime, '--log', errors, *run, ident], fds)
         if code:
             said = self._runtime_said(errors) or f'{self._runtime[0]} ended with exit code {code}'
             raise ContainerError(*program_missing(said, spec) or (said,))
 
-    def _mapping(self, base):
-        """The user namespace that maps the owners of layers to the ids from `base`. It is made once and kept."""
+    def _mapping(self, inner, base, size):
+        """The user namespace that maps `size` ids from `inner` to those from `base`. It is made once and kept.
+
+        Its owner is `base`: what instances use up of the kernel's counts for each user, they use up for themselves.
+        """
         with self._lock:
-            if base not in self._mappings:
-                self._mappings[base] = process.user_namespace(f'{self._layers_base} {base} {ID_RANGE}')
-            return self._mappings[base]
+            if (inner, base, size) not in self._mappings:
+                self._mappings[inner, base, size] = process.user_namespace(f'{inner} {base} {size}', owner=base)
+            return self._mappings[inner, base, size]
 
     def remove(self, container: 'Container') -> str:
         """Remove what is left of a container whose first process has ended. Returns why it ended, as a line."""
