@@ -255,6 +255,7 @@ class Daemon:
             settings['idle_timeout'],
             registry.GATEWAY,
             self.guard.kind == Guard.kind,
+            most_connections=self.server.most_connections,
         )
         self.functions = Functions(
             self.registry,

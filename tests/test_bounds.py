@@ -153,6 +153,14 @@ class Bounds(unittest.TestCase):
         self.assertLess(pending_signals(), before + count // 2)
         self.server.deploy('folder', {'handler.py': ATTACKER})  # without those signals
 
+    def test_no_function_gets_all_connections_that_it_asks_for(self):
+        told = self.deploy('greedy', {'handler.py': ATTACKER, 'faas.toml': 'concurrency = 100000'})
+        self.assertRegex(
+            told['warning'], '^concurrency is [0-9]+: an instance may not have 100000 connections on this server$'
+        )
+        told = self.deploy('greedy', {'handler.py': ATTACKER, 'faas.toml': 'concurrency = 2000'})
+        self.assertIsNone(told['warning'])
+
     def test_the_units_say_the_same(self):
         for unit in ('faasd.service', 'faas-coredns.service', 'wg-quick@.conf'):
             self.assertIn(f'OOMScoreAdjust={OOM_OWN}\n', (lab.REPO / 'systemd' / unit).read_text(), unit)

@@ -1,6 +1,7 @@
 """FaaSServer with real listeners and real connections; the instances are fakes."""
 
 import contextlib
+import copy
 import os
 import resource
 import socket
@@ -42,6 +43,8 @@ class Instance(fakes.FakeInstance):
 
 
 class Function:
+    address = ADDRESS
+
     def __init__(self, stack, descriptors=None):
         self.events, self.stack, self.made = [], stack, []
         process.run(['ip', '-6', 'address', 'replace', f'{ADDRESS}/128', 'dev', 'lo', 'nodad'])
@@ -56,8 +59,17 @@ class Function:
 
     def open(self):
         self.pool = pool.Pool('test', fakes.FakeLog(), self.around, fakes.revision(1), self.make)
-        self.server.add_listener(ADDRESS, 'test', self.pool)
-        self.stack.callback(self.server.close_listener, ADDRESS, 0)
+        self.server.add_listener(self.address, 'test', self.pool)
+        self.stack.callback(self.server.close_listener, self.address, 0)
+
+    def other(self, number):
+        """Another function of the same server."""
+        other = copy.copy(self)
+        other.address, other.made = f'fd00:faa5:1::b{number}', []
+        process.run(['ip', '-6', 'address', 'replace', f'{other.address}/128', 'dev', 'lo', 'nodad'])
+        self.stack.callback(other.close_taken)
+        other.open()
+        return other
 
     def make(self, *args):
         self.made.append(Instance(*args))
@@ -89,7 +101,7 @@ class Function:
 
     def clients(self, count):
         """Another process with that many connections."""
-        command = [sys.executable, '-c', CLIENTS, ADDRESS, str(count)]
+        command = [sys.executable, '-c', CLIENTS, self.address, str(count)]
         clients = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.stack.callback(clients.communicate)
         assert clients.stdout.readline() == 'connected\n'
@@ -128,6 +140,24 @@ class Server(inside.InHost):
             function.idle()
             served += len(function.held())
         self.assertEqual(400, served)
+
+    @inside.inside
+    def test_one_function_leaves_descriptors_to_the_next(self):
+        limit = 500
+        functions = [Function(self.stack, descriptors=limit)]
+        left = limit - min(server.RESERVED_DESCRIPTORS, limit // 4)
+        for number in range(3):  # each takes what it can get
+            functions[-1].clients(limit)
+            lab.wait_until(functions[-1].held, 5, f'a client of function {number}')
+            functions[-1].idle()
+            held = len(functions[-1].held())
+            self.assertGreater(held, left // 4, f'function {number}')
+            self.assertLessEqual(held, left // 2, f'function {number}')
+            left -= held
+            functions.append(functions[0].other(number))
+        self.assertEqual(
+            ['test has as many of the descriptors as are left: its new connections wait'], functions[0].problems
+        )
 
     @inside.inside
     def test_without_any_descriptor_it_waits_and_goes_on(self):

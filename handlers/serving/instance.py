@@ -6,6 +6,7 @@ Everything here runs in the loop's thread and never blocks, but for the methods 
 import concurrent.futures
 import contextlib
 import enum
+import resource
 import socket
 import time
 import traceback
@@ -20,6 +21,8 @@ from host.errors import FaasError
 
 INSTANCE_MAX_CONNECTIONS = 1024  # handed to one instance at a time; more wait in the listener's backlog
 MESSAGES_PER_TURN = 256  # of one instance before the others have their turn
+MOST_CONNECTIONS = 16384  # the same, whatever the function's concurrency is and however many descriptors there are
+INSTANCE_DESCRIPTORS = 8  # of faasd for an instance, beside its connections: pidfd, channel, log …
 FULL_CHANNEL_RETRY_S = 0.005
 CLIENT_POLL_S = 0.2  # how often a deploy that takes long is asked whether anybody waits for it
 CLOSED_CHANNEL_MAX_S = 1  # how long an instance may live without a channel: most often it is ending by itself
@@ -87,6 +90,7 @@ class Surroundings(NamedTuple):
     gateway: str = '::1'  # whose port a probe comes from
     guarded: bool = True  # no function can make close() of a connection wait
     clock: Callable[[], float] = time.monotonic
+    most_connections: int = MOST_CONNECTIONS  # that an instance may have, whatever its concurrency is
 
 
 class Revision(NamedTuple):
@@ -112,7 +116,11 @@ class Instance:
         self.has_listener = False  # it can do to `listener` what we can
         self.listener: socket.socket | None = None  # borrowed: where it listens by itself, or may
         self.connections: dict[int, socket.socket] = {}  # our duplicates, until the instance is done with each
-        self.max_connections = revision.spec.concurrency or INSTANCE_MAX_CONNECTIONS
+        asked, most = revision.spec.concurrency, pool.around.most_connections
+        self.max_connections = min(asked or INSTANCE_MAX_CONNECTIONS, most)
+        if asked and asked > most:
+            self.warning = f'concurrency is {most}: an instance may not have {asked} connections on this server'
+            self.hint = f'faasd may have {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} descriptors for all functions'
         self.up = concurrent.futures.Future()  # the instance itself once it is ready, else StartFailed
         self.gone = concurrent.futures.Future()
         self._around = pool.around
@@ -139,6 +147,10 @@ class Instance:
     def can_listen(self) -> bool:
         """True if it needs a listener at its start."""
         return False
+
+    def descriptors(self) -> int:
+        """How many of faasd's descriptors it takes, about."""
+        return INSTANCE_DESCRIPTORS + len(self.connections)
 
     def use_listener(self, listener: socket.socket) -> None:
         """Serve `listener` (borrowed), should it listen by itself. Before begin()."""

@@ -30,6 +30,7 @@ from handlers.serving.scaler import Scaler
 
 __all__ = ['Pool', 'Revision', 'StartFailed', 'Surroundings']
 
+LISTENERS = 2  # that a function may have
 DISCARDED_INSTANCE_MAX_S = 5  # how long an instance that never served may take to end
 
 
@@ -142,6 +143,10 @@ class Pool(ForOtherThreads):
             self._scaler.used(counted)
         elif not self._scaler.wanted(counted, 1, waiting=False) and not self._starting and not self._trials:
             self._scale_to_zero()
+
+    def descriptors(self) -> int:
+        """How many of faasd's descriptors the function takes, about."""
+        return LISTENERS + len(self._waiting) + sum(instance.descriptors() for instance in self.instances)
 
     def serves_itself(self) -> bool:
         """True if an instance serves what faasd does not accept."""

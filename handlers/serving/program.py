@@ -15,6 +15,7 @@ from handlers.serving.instance import TRANSITIONS, Handler, Instance, InstanceSt
 from host.sock_diag import cookie
 
 CONTROL_ACCEPTS_PER_TURN, CONTROL_FLOOD_PAUSE_S = 64, 0.01  # of connections to the control socket
+ASKING_PART = 16  # of the connections that an instance may have: so many may wait for one at the control socket
 CONTROL_ERROR_PAUSE_S = 0.1  # out of descriptors: others get the time to close some
 SETTLE_S = 0.3  # how long one that is tried may take until it listens on IPv6 as well, or ends
 PROBE_TIMEOUT_S = 5  # for the whole of it
@@ -146,7 +147,7 @@ class Program(Instance):
                 asking, _ = control.accept()
                 asking.setblocking(False)
                 self._asking.append(asking)
-                if len(self._asking) > self.max_connections:
+                if len(self._asking) > min(self.max_connections, max(1, self._around.most_connections // ASKING_PART)):
                     self._close_asking(self._asking.popleft())
         except BlockingIOError:
             pause_s = None
@@ -163,6 +164,9 @@ class Program(Instance):
     def _ask_again(self, control):
         if self._container and self._container.control is control:
             self._around.loop.watch(control.fileno(), self._asked)
+
+    def descriptors(self) -> int:
+        return super().descriptors() + len(self._asking)
 
     def takes(self) -> bool:
         return bool(self._asking) and self.mode == ServingMode.CONTROL

@@ -4,10 +4,12 @@ import concurrent.futures
 import contextlib
 import os
 import resource
+import time
 from typing import NamedTuple
 
 from handlers.containers.containers import Container
 from handlers.images.spec import NOBODY
+from handlers.serving.instance import MOST_CONNECTIONS
 from handlers.serving.listeners import ListenerGroup
 from handlers.serving.loop import Loop
 from handlers.serving.pool import Pool
@@ -17,6 +19,8 @@ from host.guard import Guard, Unguarded
 ACCEPTS_PER_TURN = 64  # of one listener before the others have their turn
 ACCEPT_RETRY_S = 0.1  # how long nothing is accepted when descriptors run out
 REPORT_AGAIN_S = 10  # a problem that goes on is reported so often
+COUNT_AGAIN_S = 0.1  # how long a count of what all functions take is good for
+INSTANCE_PART = 4  # of the descriptors for functions: more connections no instance gets
 RESERVED_DESCRIPTORS = 128  # for the API, files and the start of instances; a quarter of all if those are few
 
 
@@ -33,7 +37,7 @@ class Listener:
     def __init__(self, group: ListenerGroup, pool: Pool, loop: Loop, accept: object) -> None:
         self.group, self.pool = group, pool
         self._loop, self._accept = loop, accept
-        self._accepting, self._permitted, self._apart = False, True, False
+        self._accepting, self._permitted, self._apart, self._resting = False, True, False, False
         self._watched: int | None = None  # a descriptor
 
     def set_accepting(self, accepting: bool) -> None:
@@ -49,8 +53,18 @@ class Listener:
         self._apart = apart
         self._update()
 
+    def rest(self, seconds: float) -> None:
+        """Accept nothing for so long. What comes waits in the kernel."""
+        self._resting = True
+        self._update()
+        self._loop.later(seconds, self._go_on)
+
+    def _go_on(self):
+        self._resting = False
+        self._update()
+
     def _update(self):
-        wanted = self._accepting and self._permitted and not self._apart
+        wanted = self._accepting and self._permitted and not self._apart and not self._resting
         fd = self.group.current.fileno() if wanted else None
         if self._watched not in (None, fd):
             self._loop.unwatch(self._watched)
@@ -76,6 +90,9 @@ class FaaSServer:
         self._permitted, self._paused, self._reported = True, False, False
         most = descriptors or resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._first_reserved = most - min(RESERVED_DESCRIPTORS, most // 4)
+        self._for_functions = self._first_reserved - len(os.listdir('/proc/self/fd'))
+        self._used, self._counted = 0, 0.0  # how many of these all functions take at most, and when that was counted
+        self.most_connections = max(1, min(MOST_CONNECTIONS, self._for_functions // INSTANCE_PART))
 
     def add_listener(self, ipv6: str, name: str, pool: Pool, adopted: Adopted | None = None) -> None:
         """Bind and listen; what comes waits until `pool` takes it. Or go on with what was `adopted` (consumed).
@@ -146,10 +163,14 @@ class FaaSServer:
 
     def _accept(self, listener):
         pool, sock = listener.pool, listener.group.current
+        room = self._room(pool)
+        if room <= 0:
+            self._report(f'{pool.name} has as many of the descriptors as are left: its new connections wait')
+            return listener.rest(ACCEPT_RETRY_S)
         if pool.shares(sock):
             return self._accept_apart(listener, sock)
         sock.setblocking(False)  # a server that shared it may have wanted it otherwise
-        for _ in range(ACCEPTS_PER_TURN):
+        for _ in range(min((room + 1) // 2, ACCEPTS_PER_TURN)):  # each takes one of it, and adds one to what it has
             if self._paused or not pool.take():
                 return
             try:
@@ -169,6 +190,7 @@ class FaaSServer:
         os.fchown(connection.fileno(), NOBODY, -1)
         # The kernel gives the lowest free number: all below this one are in use.
         scarce = connection.fileno() >= self._first_reserved
+        self._used += 1
         pool.dispatch(connection)
         if scarce:
             self._pause(f'{self._first_reserved} descriptors are in use: new connections wait')
@@ -194,12 +216,26 @@ class FaaSServer:
         elif connection:
             connection.close()
 
-    def _pause(self, reason):
-        """Out of descriptors: accept nothing until some were closed. What comes waits in the kernel."""
+    def _room(self, pool):
+        """How many connections the function may get: it never has more descriptors than are left for all others.
+
+        So one function gets half of them, two get a third each, and there is always something left for the next.
+        """
+        has, now = pool.descriptors(), time.monotonic()
+        if has + ACCEPTS_PER_TURN > self._for_functions - self._used and now > self._counted + COUNT_AGAIN_S:
+            self._used = sum(listener.pool.descriptors() for listener in self._listeners.values())
+            self._counted = now
+        return self._for_functions - self._used - has
+
+    def _report(self, reason):
         if not self._reported:
             self._reported = True
             self._emit('listener', reason, problem=True)
             self._loop.later(REPORT_AGAIN_S, self._report_again)
+
+    def _pause(self, reason):
+        """Out of descriptors: accept nothing until some were closed. What comes waits in the kernel."""
+        self._report(reason)
         self._set(None, True)
         self._loop.later(ACCEPT_RETRY_S, self._resume)
 
