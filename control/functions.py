@@ -14,6 +14,7 @@ import registry
 from control.events import Emit, attempt, date
 from control.projection import Projection
 from control.revisions import Revisions
+from control.tcp_memory import TCPMemory
 from dns_manager import DNSZoneManager
 from handlers.containers.containers import Container
 from handlers.serving.instance import Revision, Surroundings
@@ -103,6 +104,7 @@ class Functions:
         self._registry, self._revisions, self._server, self._around = known, revisions, server, around
         self._dns, self._addresses, self._zone = dns, addresses, zone
         self._max_upload, self._emit = max_upload, emit
+        self._tcp_memory = TCPMemory(around.containers.limits.memory, emit)
         self.changes = Changes()
         self._opening = threading.RLock()  # held while listeners are opened and taken away
         self._open_now: dict[int, tuple[registry.Function, Pool]] = {}
@@ -222,11 +224,13 @@ class Functions:
             attempt(self._emit, self.count_connections)  # the monitor, which does so otherwise, has ended
 
     def count_connections(self) -> None:
-        """Tell every pool what the kernel says of its address. Raises OSError."""
+        """Tell every pool what the kernel says of its address, and bound the memory there. Raises OSError."""
         now, counts = time.monotonic(), collections.defaultdict(dict)
-        for (address, uid), count in sock_diag.open_connections(NETWORK, 80).items():
+        found = sock_diag.open_connections(NETWORK, 80)
+        for (address, uid), count in found.counts.items():
             counts[socket.inet_ntop(socket.AF_INET6, address)][uid] = count
         self._around.loop.call(self._spread, counts, now)
+        self._tcp_memory.look(found.memory, list(self._pools.values()))
 
     def _spread(self, counts: dict[str, dict[int, int]], now: float) -> None:
         for function, pool in list(self._pools.values()):

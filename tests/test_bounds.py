@@ -5,9 +5,12 @@ import ctypes
 import json
 import os
 import re
+import socket
 import stat
+import time
 import unittest
 
+from host import sock_diag
 from tests import images, inside, lab, programs, serving
 
 OOM_FUNCTIONS, OOM_OWN = 500, -500
@@ -44,8 +47,21 @@ def signals():
         count += 1
     return count
 
+def flood(connection):
+    'What the client does not read waits in the kernel.'
+    kept.append(connection.dup())
+    connection.setblocking(False)
+    size = 0
+    while True:
+        try:
+            size += connection.send(bytes(1 << 20))
+        except BlockingIOError:
+            return size
+
 def handle(connection, address):
     what = connection.recv(4096).split()[1][1:].decode()
+    if what == 'flood':
+        return flood(connection)
     answer = globals()[what]()
     connection.sendall(b'HTTP/1.0 200 OK\\r\\n\\r\\n' + json.dumps(answer).encode())
 """
@@ -161,11 +177,45 @@ class Bounds(unittest.TestCase):
         told = self.deploy('greedy', {'handler.py': ATTACKER, 'faas.toml': 'concurrency = 2000'})
         self.assertIsNone(told['warning'])
 
+    def test_what_clients_do_not_read_is_bounded(self):
+        def flood(address):
+            """How much the kernel has for the function, at most and in the end."""
+            clients = []
+            for _ in range(120):
+                clients.append(socket.create_connection((address, 80)))
+                clients[-1].sendall(b'GET /flood')
+            taken, deadline = [], time.monotonic() + 8
+            while time.monotonic() < deadline and not (taken and taken[-1] <= 256 << 20 < max(taken)):
+                time.sleep(0.05)
+                taken.append(sock_diag.open_connections(f'{address}/128', 80).memory.total())
+            answer = max(taken) >> 20, taken[-1] >> 20, sum(is_open(each) for each in clients)
+            for each in clients:
+                each.close()
+            return answer
+
+        most, last, left = inside.call(self.host, flood, self.addresses['folder'])
+        self.assertGreater(most, 256, 'the attack itself does not work')
+        self.assertLessEqual(last, 256)
+        self.assertGreater(left, 40, 'more than the heaviest were ended')
+        line = "folder: its connections take .* MiB of the kernel's memory, and 256 MiB are allowed: ended"
+        lab.wait_until(lambda: re.search(line, ''.join(self.server.lines)), 5, 'the line in the log')
+        self.assertEqual('control', self.get('control'))
+        self.server.deploy('folder', {'handler.py': ATTACKER})
+
     def test_the_units_say_the_same(self):
         for unit in ('faasd.service', 'faas-coredns.service', 'wg-quick@.conf'):
             self.assertIn(f'OOMScoreAdjust={OOM_OWN}\n', (lab.REPO / 'systemd' / unit).read_text(), unit)
         # Without that runc cannot keep a function from setting its own to that of faasd.
         self.assertIn('CAP_SYS_RESOURCE', (lab.REPO / 'systemd/faasd.service').read_text())
+
+
+def is_open(client):
+    """False if the other end has reset the connection."""
+    try:
+        client.send(b'x')
+        return client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+    except OSError:
+        return False
 
 
 def inotify():

@@ -111,7 +111,7 @@ class Function:
     def look(self):
         while not self._ended.wait(0.2):
             now, counts = time.monotonic(), {}
-            for (_, uid), number in sock_diag.open_connections('fd00:faa5:1::/48', 80).items():
+            for (_, uid), number in sock_diag.open_connections('fd00:faa5:1::/48', 80).counts.items():
                 counts[uid] = number
             self.loop.call(self.pool.look, counts, now)
 
