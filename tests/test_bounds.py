@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import stat
+import threading
 import time
 import unittest
 
@@ -93,6 +94,21 @@ def handle(connection, address):
         return flood(connection)
     answer = globals()[what]()
     connection.sendall(b'HTTP/1.0 200 OK\\r\\n\\r\\n' + json.dumps(answer).encode())
+"""
+POSTED = """
+import contextlib, sys
+from http.server import BaseHTTPRequestHandler
+with contextlib.suppress(AttributeError):
+    sys.modules['__main__'].pace.GRACE_S = 2  # for the test
+class Posted(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(int(self.headers['Content-Length']))
+        self.do_GET()
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        for _ in range(1000 if self.path == '/long' else 1):
+            self.wfile.write(bytes(65536))
 """
 CONTROL = """
 import socket
@@ -238,6 +254,17 @@ class Bounds(unittest.TestCase):
             self.assertLess(socket_memory(kind) - before, 300 << 20, attack)
             self.server.deploy('folder', {'handler.py': ATTACKER})
 
+    def test_slow_clients_do_not_hold_the_threads_of_a_handler(self):
+        self.deploy('posted', {'handler.py': POSTED})
+        for request, wanted in (
+            (b'POST / HTTP/1.0\r\nContent-Length: 1000\r\n\r\n', b'408'),
+            (b'GET /', b'408'),
+            (b'GET /long HTTP/1.0\r\n\r\n', b'200'),
+        ):
+            took, answers = inside.call(self.host, slowly, request, self.addresses['posted'], self.addresses['control'])
+            self.assertLess(took, 2, f'another client waits behind {request}')
+            self.assertEqual(wanted, answers, request)
+
     def test_the_units_say_the_same(self):
         for unit in ('faasd.service', 'faas-coredns.service', 'wg-quick@.conf'):
             self.assertIn(f'OOMScoreAdjust={OOM_OWN}\n', (lab.REPO / 'systemd' / unit).read_text(), unit)
@@ -249,6 +276,38 @@ def socket_memory(kind):
     """The kernel's memory for all sockets of a kind: 'TCP' or 'UDP'."""
     with open('/proc/net/sockstat') as file:
         return int(re.search(rf'{kind}:.* mem (\d+)', file.read())[1]) * os.sysconf('SC_PAGE_SIZE')
+
+
+def slowly(request, address, source):
+    """How long another client waits beside forty slow ones (s), and the status that the slow ones get."""
+    slow = []
+    for _ in range(40):
+        slow.append(socket.create_connection((address, 80), timeout=20))
+        slow[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow[-1].sendall(request)
+    over = threading.Event()
+
+    def drip():
+        while not over.wait(0.3):
+            for each in slow:
+                with contextlib.suppress(OSError):
+                    each.send(b'x')
+
+    thread = threading.Thread(target=drip)
+    if b'/long' not in request:
+        thread.start()
+    time.sleep(0.5)
+    began = time.monotonic()
+    with socket.create_connection((address, 80), 5, (source, 0)) as client:
+        client.sendall(b'GET / HTTP/1.0\r\n\r\n')
+        client.recv(100)
+    took = time.monotonic() - began
+    answers = set()
+    for each in slow:
+        with each, contextlib.suppress(ConnectionResetError):
+            answers.add(each.recv(12)[9:])
+    over.set()
+    return took, b' '.join(sorted(answers))
 
 
 def is_open(client):

@@ -19,7 +19,7 @@ import time
 import unittest
 import unittest.mock
 
-from handlers.containers import runtime
+from handlers.containers import pace
 from host.version import VERSION
 from tests import lab, packages, serving
 
@@ -468,7 +468,7 @@ class OneServer(unittest.TestCase):
         with self.host.popen(['/usr/bin/python3', '-c', half, ipv6], stdout=subprocess.PIPE) as process:
             self.addCleanup(process.kill)
             self.assertEqual(b'held\n', process.stdout.readline())
-            self.assertIn('0, 1, 1', self.server.get(ipv6, '/?n=5', timeout_s=runtime.HEAD_S + 10))
+            self.assertIn('0, 1, 1', self.server.get(ipv6, '/?n=5', timeout_s=pace.GRACE_S + 10))
             process.kill()
 
     def test_an_instance_that_dies_is_said_to_crash_and_is_replaced(self):

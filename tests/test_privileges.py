@@ -23,6 +23,7 @@ MEMBERS = (
 STEPS = {
     'start': 'systemctl restart faasd',
     'folder': 'faas new fibonacci && curl -sg --max-time 10 "http://[$(faas ip fibonacci)]/?n=10" | grep 34',
+    'score': 'faas new score score && curl -sg --max-time 10 "http://[$(faas ip score)]/" | grep kept && faas rm score',
     'image': 'faas new image image.tar && curl -sg --max-time 10 "http://[$(faas ip image)]/" | grep 2777',
     'handover': 'systemctl restart faasd && curl -sg --max-time 10 "http://[$(faas ip image)]/" | grep 2777',
     'removal': 'faas rm fibonacci',
@@ -44,6 +45,7 @@ NEEDED = {
     'CAP_SYS_ADMIN': ['start'],
     'CAP_SYS_CHROOT': ['start', 'folder'],
     'CAP_SYS_PTRACE': ['start', 'folder'],
+    'CAP_SYS_RESOURCE': ['start', 'score'],
 }
 # What a service of root's could do to the machine by a system call. The arguments are bad: nothing can happen.
 TOO_MUCH = (
@@ -51,6 +53,17 @@ TOO_MUCH = (
     'iopl', 'kexec_load', 'keyctl', 'open_by_handle_at', 'perf_event_open', 'quotactl', 'reboot', 'settimeofday',
     'swapoff', 'swapon', 'syslog', 'userfaultfd',
 )  # fmt: skip
+LOWER = """
+def handle(connection, address):
+    connection.recv(4096)
+    try:
+        with open('/proc/self/oom_score_adj', 'w') as file:
+            file.write('-400')
+        answer = b'lowered'
+    except PermissionError:
+        answer = b'kept'
+    connection.sendall(b'HTTP/1.0 200 OK\\r\\n\\r\\n' + answer)
+"""
 ATTACK = """
 import ctypes, errno, json, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -85,6 +98,7 @@ class Service(unittest.TestCase):
         sh = 'bin/sh', '/busybox'
         archive = images.image([images.layer(busybox, sh, *MEMBERS)], {'Cmd': ['/bin/sh', '-c', PAGE], 'User': '33'})
         cls.machine.lan.path(f'{cls.machine.root}/root/image.tar').write_bytes(archive)
+        cls.machine.write('/root/score/handler.py', LOWER)
         # The machine's own file system, an overlay, cannot map ids.
         cls.machine.sh('systemctl stop faasd; mount -t tmpfs -o mode=711 state /var/lib/faasd')
 

@@ -86,7 +86,7 @@ def lay_out(root: str) -> None:
     ):
         with open(os.path.join(root, 'etc', name), 'w') as file:
             file.write(text)
-    for module in ('runtime.py', 'protocol.py'):
+    for module in ('runtime.py', 'protocol.py', 'pace.py'):
         shutil.copy(
             os.path.join(os.path.dirname(os.path.abspath(__file__)), module),
             os.path.join(root, 'opt/faas', module),

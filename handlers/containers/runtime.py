@@ -26,9 +26,10 @@ import types
 from collections.abc import Callable
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import pace
 import protocol
 
-del sys.path[0], sys.modules['protocol']  # the function may have a module of that name
+del sys.path[0], sys.modules['protocol'], sys.modules['pace']  # the function may have modules of these names
 
 FUNCTION = '/function'
 CONTROL = '/control.sock'
@@ -38,7 +39,8 @@ FEW_THREADS, MOST_THREADS = 2, 32
 ALL_BUSY_S = 0.005
 MOST_PROCESSES = 32
 KEEPALIVE_IDLE_S, SWEEP_S = 75, 5  # the longest silence between two requests; how often it is checked
-HEAD_S = 20  # how long a client may be silent within the head of a request: it holds a thread meanwhile
+SHARE = 3  # a client may hold so many times as many threads as are free: one alone gets 24 of 32
+CROWD = 8  # while fewer threads serve, nobody is asked
 KINDS = (
     'handler.py offers nothing to call: it needs a class derived from BaseHTTPRequestHandler, a WSGI callable `app`, '
     'a function `handle(connection, address)`, or to connect to /control.sock itself'
@@ -93,11 +95,12 @@ class Driven:
         """Serve what has arrived. True: the client may send another request. False: the connection is done."""
         if self._handler is None:
             self._handler = self._make(self.connection, self.address, SERVER)
+            self.connection.owes = self._handler.owes
         handler = self._handler
         while True:
-            handler.close_connection, handler.answered = True, False
+            handler.close_connection, handler.answered, handler.part = True, False, HEAD
+            self.connection.left_s = pace.GRACE_S
             try:
-                expect_head(handler)
                 handler.handle_one_request()
             except (ConnectionError, TimeoutError):
                 raise
@@ -106,7 +109,10 @@ class Driven:
                 if not handler.answered:
                     handler.send_error(500, explain="the function raised an exception: see the function's log")
                 handler.close_connection = True
+            handler.part = None
             if handler.close_connection:
+                if not handler.answered:
+                    self.connection.refuse()
                 handler.end()
                 return False
             self.connection.setblocking(False)  # a pipelined request may be in the buffer already
@@ -116,10 +122,23 @@ class Driven:
                 return True
 
 
-def expect_head(handler: object) -> None:
-    """Set a time-out for the head of a request: a client that does not end the head holds a thread."""
-    if b'\r\n\r\n' not in handler.rfile.peek(1):  # something has arrived, so this does not wait
-        handler.connection.settimeout(HEAD_S)
+HEAD, BODY = 'head', 'body'  # of a request: what is being read
+
+
+class Owes:
+    """Of a BaseHTTPRequestHandler: says whether its client has to send more before it gets an answer."""
+
+    part: str | None = HEAD
+
+    def owes(self) -> bool:
+        if self.part != BODY:
+            return self.part == HEAD
+        return 'Content-Length' in self.headers or 'Transfer-Encoding' in self.headers
+
+    def parse_request(self) -> bool:
+        parsed = super().parse_request()
+        self.part = BODY
+        return parsed
 
 
 SERVER = types.SimpleNamespace(server_name='localhost', server_port=80, server_address=('::', 80, 0, 0))
@@ -132,7 +151,7 @@ def drive(handler_class: type, runtime: 'Runtime') -> Callable:
     if handler_class.handle is not BaseHTTPRequestHandler.handle:
         return lambda connection, address: Whole(connection, address, lambda *both: handler_class(*both, SERVER))
 
-    class Requests(handler_class):
+    class Requests(Owes, handler_class):
         def handle(self):  # __init__ calls it; Driven does the work
             pass
 
@@ -141,12 +160,6 @@ def drive(handler_class: type, runtime: 'Runtime') -> Callable:
 
         def end(self):
             super().finish()
-
-        def parse_request(self):
-            parsed = super().parse_request()
-            if self.connection.gettimeout() != self.timeout:
-                self.connection.settimeout(self.timeout)
-            return parsed
 
         def send_response_only(self, code, message=None):
             self.answered = code >= 200
@@ -178,16 +191,20 @@ def wsgi(app: Callable) -> Callable:
         },
     )
 
-    class Request(WSGIRequestHandler):
+    class Request(Owes, WSGIRequestHandler):
         def handle(self):
-            expect_head(self)
-            self.raw_requestline = self.rfile.readline(65537)
-            if not self.raw_requestline or not self.parse_request():
-                return
-            self.connection.settimeout(None)
+            self.connection.owes = self.owes
+            try:
+                self.raw_requestline = self.rfile.readline(65537)
+                if not self.raw_requestline or not self.parse_request():
+                    return
+            except pace.TooSlow:
+                return self.connection.refuse()
             handler = ServerHandler(self.rfile, self.wfile, sys.stderr, self.get_environ(), multithread=True)
             handler.request_handler = self  # for its log line
             handler.run(app)
+            if not handler.headers_sent:
+                self.connection.refuse()
 
     return lambda connection, address: Whole(connection, address, lambda *both: Request(*both, server))
 
@@ -205,6 +222,8 @@ class Runtime:
         self._epoll = select.epoll()
         self._open = {}  # number → connection, being served or parked
         self._parked = {}  # fd → (number, since)
+        self._serving = {}  # thread → address of the client that holds it
+        self._deferred = []  # (number, fd as _step has it) that wait for others of their client
         self._threads = self._waiting = 0
         self._all_busy, self._over = threading.Event(), threading.Event()
 
@@ -257,7 +276,7 @@ class Runtime:
             message, fd = b'', None
         kind = message[:1]
         if kind == protocol.CONNECTION and fd is not None:
-            connection = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=fd)
+            connection = pace.Client(socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=fd)
             number = protocol.number_of(message)
             self._open[number] = None  # before another thread can receive STOP
             self._listen_on()
@@ -297,6 +316,39 @@ class Runtime:
         (self._epoll.register if new else self._epoll.modify)(connection, events)
 
     def _step(self, number, fd):
+        """Serve a connection, and after that those that wait because their clients had their share of the threads."""
+        me, entry = threading.get_ident(), (number, fd)
+        if len(self._serving) >= CROWD:
+            with self._lock:
+                self._deferred.append(entry)  # first: who is done now either sees it or is not counted
+                if not self._admits(number):
+                    return
+                self._deferred.remove(entry)
+                self._serving[me] = self._address(number)
+        while entry:
+            self._serving[me] = self._address(entry[0])
+            self._serve(*entry)
+            del self._serving[me]
+            entry = self._deferred and self._following(me)
+
+    def _following(self, me):
+        """One that has waited and may be served now, which counts from here on; None without one."""
+        with self._lock:
+            entry = next((each for each in self._deferred if self._admits(each[0])), None)
+            if entry:
+                self._deferred.remove(entry)
+                self._serving[me] = self._address(entry[0])
+            return entry
+
+    def _address(self, number):
+        return self._open[number].address[0]
+
+    def _admits(self, number):
+        """True if the client of a connection may hold one more thread. Called with the lock."""
+        held = list(self._serving.values())
+        return held.count(self._address(number)) < SHARE * (MOST_THREADS - len(held))
+
+    def _serve(self, number, fd):
         try:
             if self._open[number].step():
                 return self._park(number, new=fd is None)
@@ -307,6 +359,7 @@ class Runtime:
         self._done(number, self._open[number].connection)
 
     def _done(self, number, connection):
+        connection.owes = None  # else the two hold each other
         close(connection)
         del self._open[number]
         with contextlib.suppress(OSError):
