@@ -21,7 +21,7 @@ MEMBERS = (
 )
 # Each must work under the unit. They run in this order.
 STEPS = {
-    'start': 'systemctl restart faasd',
+    'start': 'systemctl kill --signal=KILL faasd; systemctl restart faasd',
     'folder': 'faas new fibonacci && curl -sg --max-time 10 "http://[$(faas ip fibonacci)]/?n=10" | grep 34',
     'score': 'faas new score score && curl -sg --max-time 10 "http://[$(faas ip score)]/" | grep kept && faas rm score',
     'image': 'faas new image image.tar && curl -sg --max-time 10 "http://[$(faas ip image)]/" | grep 2777',
@@ -58,7 +58,7 @@ def handle(connection, address):
     connection.recv(4096)
     try:
         with open('/proc/self/oom_score_adj', 'w') as file:
-            file.write('-400')
+            file.write('0')
         answer = b'lowered'
     except PermissionError:
         answer = b'kept'
@@ -73,7 +73,14 @@ for name, number in json.loads(sys.argv[1]).items():
     answers[name] = errno.errorcode[ctypes.get_errno()]
 open('/run/faasd/attack', 'w').write(json.dumps(answers))
 """
+CAP_SYS_RESOURCE = 24  # linux/capability.h
 library = ctypes.CDLL('libseccomp.so.2')
+
+
+def capability_sets():
+    """{'CapEff': bits, …} of this process (proc(5))."""
+    with open('/proc/self/status') as file:
+        return {line.split(':')[0]: int(line.split(':')[1], 16) for line in file if line.startswith('Cap')}
 
 
 def number_of(name):
@@ -121,9 +128,13 @@ class Service(unittest.TestCase):
 
     def test_each_capability_is_needed_and_no_other(self):
         self.assertEqual(set(NEEDED), {each.upper() for each in self.shown('faasd', 'CapabilityBoundingSet')})
+        # A machine within another may be without it. Nothing can be shown of it there.
+        without = set() if capability_sets()['CapEff'] >> CAP_SYS_RESOURCE & 1 else {'CAP_SYS_RESOURCE', 'score'}
         self.with_lines()
-        self.assertEqual((None, ''), self.first_failure(STEPS))
+        self.assertEqual((None, ''), self.first_failure(step for step in STEPS if step not in without))
         for capability, steps in NEEDED.items():
+            if capability in without:
+                continue
             with self.subTest(capability):
                 self.with_lines(f'CapabilityBoundingSet=~{capability}')
                 failed, output = self.first_failure(steps)
