@@ -18,7 +18,7 @@ from control.tcp_memory import TCPMemory
 from dns_manager import DNSZoneManager
 from handlers.containers.containers import Container
 from handlers.images.staging import Staging
-from handlers.serving.instance import Revision, Surroundings
+from handlers.serving.instance import Instance, Revision, Surroundings
 from handlers.serving.pool import Pool
 from handlers.serving.server import Adopted, FaaSServer
 from host import sock_diag
@@ -253,11 +253,13 @@ class Functions:
         source: str | None = None,
         is_wanted: Callable[[], bool] = lambda: True,
         stop_reading: Callable[[], None] = lambda: None,
+        by: str,
     ) -> dict:
         """Deploy the archive that read(n) gives as `name`: `length` bytes, or all bytes when that is None.
 
-        `reference` says which of several images, `source` what the archive was made from. The former revision serves
-        until the new one is ready. When is_wanted() says that nobody waits for the answer any more, all is undone.
+        `reference` says which of several images, `source` what the archive was made from, `by` who asks. The former
+        revision serves until the new one is ready. When is_wanted() says that nobody waits for the answer any more, all
+        is undone.
         stop_reading() is called when faasd ends. read() must end then, also one that is under way.
         """
         registry.check_name(name, registry.RESERVED)
@@ -277,14 +279,14 @@ class Functions:
             staging.keep(folder)
             steps.callback(shutil.rmtree, folder, ignore_errors=True)
             pool = self._pool_for(function, steps)
-            instance = pool.start(self._revisions.load(function, number), is_wanted)
+            instance = self._start(pool, self._revisions.load(function, number), is_wanted)
             steps.callback(pool.discard, instance)
             if not is_wanted():
                 raise ConnectionAbortedError
             self._registry.commit_revision(function, number)
             steps.pop_all()
         pool.cut_over(instance)
-        text = f'Deployed {name} at {function.ipv6}, revision {number} ({instance.description})'
+        text = f'Deployed {name} at {function.ipv6}, revision {number} ({instance.description}), by {by}'
         self._emit('handler', text, name=name)
         return {
             'name': name,
@@ -294,6 +296,15 @@ class Functions:
             'warning': self._publish(function) or instance.warning,
             'hint': instance.hint,
         }
+
+    def _start(self, pool: Pool, revision: Revision, is_wanted: Callable[[], bool]) -> Instance:
+        """An instance that is ready. Raises Ending soon when faasd ends, and what Pool.start does."""
+        try:
+            return pool.start(revision, lambda: is_wanted() and not self.changes.ended)
+        except ConnectionAbortedError as error:
+            if self.changes.ended:
+                raise Ending from error
+            raise
 
     def _receive(
         self, staging: Staging, read: Callable[[int], bytes], length: int | None, is_wanted: Callable[[], bool]
@@ -342,14 +353,14 @@ class Functions:
             return 'deployed, not yet in DNS'
         return None if self._dns.wait_served(function.name, function.ipv6) else 'deployed, not yet in DNS'
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, by: str) -> None:
         with self.changes.one():
             function = self._registry.remove_function(name)
             attempt(self._emit, self._zone.sync)
             self._shut(function, self._around.stop_timeout_s).result()
             attempt(self._emit, self._addresses.sync)
             self._revisions.forget(self._revisions.folder(function))
-        self._emit('listener', f'Removed {name} from {function.ipv6}', name=name)
+        self._emit('listener', f'Removed {name} from {function.ipv6}, by {by}', name=name)
 
     def ipv6(self, name: str) -> str:
         return self._registry.function(name).ipv6
