@@ -90,6 +90,21 @@ class Changes:
             self._changed.wait_for(lambda: not self._under_way, timeout=CHANGES_END_S)
 
 
+def bounded(read: Callable[[int], bytes], most: int) -> Callable[[int], bytes]:
+    """A read() for an archive of which nobody has said how long it is. It raises TooLarge after `most` bytes."""
+    left = most
+
+    def read_bounded(count: int) -> bytes:
+        nonlocal left
+        data = read(count)
+        left -= len(data)
+        if left < 0:
+            raise TooLarge('the archive is', most)
+        return data
+
+    return read_bounded
+
+
 class Functions:
     """The functions of the registry, and what serves them. `addresses` and `zone` project their rows."""
 
@@ -268,7 +283,7 @@ class Functions:
         with self.changes.one(stop_reading), contextlib.ExitStack() as undo:
             undo.push(lambda error, *_: self._revisions.collect_layers() if error else None)
             staging = undo.enter_context(self._revisions.staging(reference))
-            self._receive(staging, read if length is not None else self._bounded(read), length, is_wanted)
+            self._receive(staging, read if length is not None else bounded(read, self._max_upload), length, is_wanted)
             steps = undo.enter_context(contextlib.ExitStack())
             steps.callback(attempt, self._emit, self._addresses.sync)
             function, number = self._registry.begin_revision(name, source)
@@ -317,20 +332,6 @@ class Functions:
                 staging.removal_s = ENDING_REMOVAL_S
                 raise Ending from error
             raise
-
-    def _bounded(self, read: Callable[[int], bytes]) -> Callable[[int], bytes]:
-        """A read() for an archive of which nobody has said how long it is."""
-        left = self._max_upload
-
-        def bounded(count: int) -> bytes:
-            nonlocal left
-            data = read(count)
-            left -= len(data)
-            if left < 0:
-                raise TooLarge('the archive is', self._max_upload)
-            return data
-
-        return bounded
 
     def _pool_for(self, function: registry.Function, steps: contextlib.ExitStack) -> Pool:
         """The pool that a revision is started in; a new function gets one. Raises NoListener."""

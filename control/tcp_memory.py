@@ -46,5 +46,5 @@ class TCPMemory:
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise
-            return pool.around.loop.call(pool.kill, text)  # a kernel without CONFIG_INET_DIAG_DESTROY
+            return pool.around.loop.call(pool.instances.kill, text)  # a kernel without CONFIG_INET_DIAG_DESTROY
         self._emit('handler', f'{function.name}: {text}: ended the {ended} heaviest', name=function.name, problem=True)

@@ -239,29 +239,15 @@ class Containers:
         user = config['process']['user']
         os.fchown(fds[1], base + user['uid'], base + user['gid'])
         self._write(bundle_dir, 'config.json', config)
-        self._bound_sockets(ident)
+        bound_sockets(f'{MEMORY_V1}{self._cgroup}/{ident}', self.limits.memory)
         pid_file, errors = os.path.join(bundle_dir, 'pid'), os.path.join(bundle_dir, 'runtime.log')
         # No session keyring: a host that is itself a container may refuse one, and keyctl is refused to functions.
         run = ['run', '--detach', '--no-new-keyring', '--bundle', bundle_dir, '--pid-file', pid_file]
         run += ['--preserve-fds', '1'] if protocol.CHANNEL_FD in fds else []
         code = process.run_with_fds([*bundle.limited(), *self._runtime, '--log', errors, *run, ident], fds)
         if code:
-            said = self._runtime_said(errors) or f'{self._runtime[0]} ended with exit code {code}'
+            said = runtime_said(errors) or f'{self._runtime[0]} ended with exit code {code}'
             raise ContainerError(*program_missing(said, spec) or (said,))
-
-    def _bound_sockets(self, ident):
-        """Bound what waits in the instance's TCP and UDP sockets: cgroup v1 has another limit for that than for memory.
-
-        The kernel does not count sockets that were there before, and runc no longer sets it (kernelTCP).
-        """
-        folder = f'{MEMORY_V1}{self._cgroup}/{ident}'
-        if os.path.isdir(MEMORY_V1):
-            os.makedirs(folder)
-            with (
-                contextlib.suppress(FileNotFoundError, PermissionError),  # a later kernel may be without it
-                open(f'{folder}/memory.kmem.tcp.limit_in_bytes', 'w') as file,
-            ):
-                file.write(str(self.limits.memory))
 
     def _mapping(self, inner, base, size):
         """The user namespace that maps `size` ids from `inner` to those from `base`. It is made once and kept.
@@ -313,15 +299,6 @@ class Containers:
         with open(os.path.join(bundle_dir, name), 'w') as file:
             json.dump(content, file)
 
-    @staticmethod
-    def _runtime_said(path: str) -> str | None:
-        """Why the runtime failed, from its log: the first fatal line. Later lines are consequences of that."""
-        with contextlib.suppress(OSError), open(path) as file:
-            lines = file.read().strip().splitlines()
-            fatal = [line for line in lines if 'level=fatal' in line] or lines[-1:]
-            said = [re.sub(r'\\+"', '"', line.partition('msg=')[2].strip('"') or line) for line in fatal]
-            return re.sub(r'^nsexec-\d\[\d+\]: ', '', said[0]) if said else None
-
     def _cgroups(self):
         """The folders of this server's cgroup: one with cgroup v2, one for each controller with v1."""
         root = '/sys/fs/cgroup'
@@ -346,6 +323,30 @@ class Containers:
                     if any(line.startswith('oom_kill ') and line.split()[1] != '0' for line in file):
                         return True
         return False
+
+
+def bound_sockets(folder: str, memory: int) -> None:
+    """Bound what waits in an instance's TCP and UDP sockets: cgroup v1 has another limit for that than for memory.
+
+    `folder` is its memory cgroup. The kernel does not count sockets that were there before, and runc no longer sets it
+    (kernelTCP).
+    """
+    if os.path.isdir(MEMORY_V1):
+        os.makedirs(folder)
+        with (
+            contextlib.suppress(FileNotFoundError, PermissionError),  # a later kernel may be without it
+            open(f'{folder}/memory.kmem.tcp.limit_in_bytes', 'w') as file,
+        ):
+            file.write(str(memory))
+
+
+def runtime_said(path: str) -> str | None:
+    """Why the runtime failed, from its log: the first fatal line. Later lines are consequences of that."""
+    with contextlib.suppress(OSError), open(path) as file:
+        lines = file.read().strip().splitlines()
+        fatal = [line for line in lines if 'level=fatal' in line] or lines[-1:]
+        said = [re.sub(r'\\+"', '"', line.partition('msg=')[2].strip('"') or line) for line in fatal]
+        return re.sub(r'^nsexec-\d\[\d+\]: ', '', said[0]) if said else None
 
 
 def program_missing(said: str, spec: Spec) -> tuple[str, str] | None:

@@ -1,5 +1,6 @@
 """InstanceSet: the instances of one function, and the files of replaced revisions that they may still need."""
 
+import socket
 from collections.abc import Callable, Iterator
 
 from handlers.serving.instance import Instance
@@ -27,6 +28,15 @@ class InstanceSet:
         """It has ended, or is no longer ours."""
         self._instances.discard(instance)
         self._collect()
+
+    def kill(self, reason: str) -> None:
+        """End every instance now."""
+        for instance in self:
+            instance.kill(reason)
+
+    def share(self, listener: socket.socket) -> bool:
+        """True if an instance has `listener` and can make it blocking."""
+        return any(instance.has_listener and instance.listener is listener for instance in self)
 
     def replaced(self, folder: str) -> None:
         """No instance of the revision in `folder` will be started any more."""

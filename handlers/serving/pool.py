@@ -120,10 +120,6 @@ class Pool(ForOtherThreads):
         self._start_one()
         return False
 
-    def shares(self, listener: socket.socket) -> bool:
-        """True if an instance has `listener` and can make it blocking."""
-        return any(instance.has_listener and instance.listener is listener for instance in self.instances)
-
     def dispatch(self, connection: socket.socket) -> None:
         """Hand an accepted connection (consumed) to the serving instance, or keep it until one can take it."""
         if self._waiting or not self._serving or not self._serving.send(connection):
@@ -160,11 +156,6 @@ class Pool(ForOtherThreads):
         self._serving = None
         self.instances.remove(serving)
         return True
-
-    def kill(self, reason: str) -> None:
-        """End every instance now."""
-        for instance in self.instances:
-            instance.kill(reason)
 
     def close(self, within_s: float) -> concurrent.futures.Future:
         """Serve nothing more; a Future that is done when every instance has ended, after within_s at the latest."""

@@ -167,7 +167,7 @@ class FaaSServer:
         if room <= 0:
             self._report(f'{pool.name} has as many of the descriptors as are left: its new connections wait')
             return listener.rest(ACCEPT_RETRY_S)
-        if pool.shares(sock):
+        if pool.instances.share(sock):
             return self._accept_apart(listener, sock)
         sock.setblocking(False)  # a server that shared it may have wanted it otherwise
         for _ in range(min((room + 1) // 2, ACCEPTS_PER_TURN)):  # each takes one of it, and adds one to what it has
