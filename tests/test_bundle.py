@@ -63,7 +63,7 @@ class AppArmor(unittest.TestCase):
                 path.write_text(loaded)
             with unittest.mock.patch.object(apparmor, 'PROFILES', str(path)):
                 made = bundle.Configurations(inside.LIMITS, 'group', '/rootfs')
-                config = made.shared('id', 'name', inside.SPEC, 0x70010000, '/notify.sock')
+                config = made.shared('id', 'name', inside.SPEC, 0x70010000, 5, '/notify.sock')
         return config['process'].get('apparmorProfile')
 
     def test_the_profile_is_asked_for_only_where_it_is_loaded(self):
