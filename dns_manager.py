@@ -242,4 +242,12 @@ def default_forwarders(resolv_conf: str = '/etc/resolv.conf', own: Collection[st
         if is_scarce(error):
             raise
         return []
-    return [address for address in nameservers if address not in own]
+    return [address for address in nameservers if address not in own and is_address(address)]
+
+
+def is_address(text: str) -> bool:
+    """True if CoreDNS can forward to it. One line of resolv.conf that is broken must not keep CoreDNS from starting."""
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(text)
+        return re.fullmatch('[0-9a-fA-F:.]+(%[A-Za-z0-9_.-]{1,15})?', text) is not None
+    return False

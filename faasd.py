@@ -427,6 +427,8 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     ending = termination()
+    if sys.stdout:  # the locale may know no arrow
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         with contextlib.closing(Events()) as events:
             run(arguments, ending, events)

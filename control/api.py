@@ -35,6 +35,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
     """One connection. The server says who asks, and which verbs there are."""
 
     protocol_version = 'HTTP/1.1'
+    default_request_version = 'HTTP/1.0'  # of what is no request: 0.9 would be answered without a status line
     server_version, sys_version = 'faasd', ''
 
     ROUTES = {  # (method, path; * stands for a name): verb

@@ -36,6 +36,7 @@ class Events:
         self.thread.start()
 
     def emit(self, area: str, text: str, name: str | None = None, problem: bool = False) -> None:
+        text = printable(text)
         event = Event(time.time(), area, text, name, problem)
         if problem:
             self._problems.append(event)
@@ -86,6 +87,11 @@ class Refusals:
         kinds += [f'{len(counts) - self.KINDS_MAX} other kinds'] * (len(counts) > self.KINDS_MAX)
         kinds += [f'the last from {last}'] * bool(last)
         self._emit('api', f'Refused {counts.total()} requests: {"; ".join(kinds)}')
+
+
+def printable(text: str) -> str:
+    """The text as one line that every terminal and every encoding can show: names of files have any byte."""
+    return ''.join(letter if letter.isprintable() else '?' for letter in text)
 
 
 def timestamp(seconds: float) -> str:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from control.events import printable
 from handlers.containers.bundle import ID_RANGE
 from handlers.containers.containers import ID_SLOTS
 from host.errors import FaasError, StartError
@@ -92,7 +93,8 @@ def read_settings(environ: Mapping[str, str], path: str = ENV_FILE) -> dict[str,
         key, equals, value = line.strip().partition('=')
         if equals and not key.startswith('#'):
             if key.strip() not in SETTINGS:
-                raise BadSettings(f'{path}: there is no setting {key.strip()}', 'docs/API.md lists them')
+                name = printable(key.strip()[:200])
+                raise BadSettings(f'{path}: there is no setting {name}', 'docs/API.md lists them')
             texts[key.strip()] = value.strip().strip('"\'')
     settings = {}
     for name, (default, parse) in SETTINGS.items():
@@ -100,5 +102,6 @@ def read_settings(environ: Mapping[str, str], path: str = ENV_FILE) -> dict[str,
         try:
             settings[name.removeprefix('FAAS_').lower()] = parse(text)
         except (ValueError, FaasError) as error:
-            raise BadSettings(f'{name}={text}: {error}', f'correct it in {path} or in the environment') from error
+            why = printable(f'{name}={text[:200]}: {str(error)[:200]}')
+            raise BadSettings(why, f'correct it in {path} or in the environment') from error
     return settings

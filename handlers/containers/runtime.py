@@ -270,14 +270,17 @@ class Runtime:
                     self._step(number, fd)
 
     def _receive(self):
+        number, connection = 0, None
         try:
             message, fd = protocol.receive(self.channel)
-        except (OSError, protocol.ProtocolError):
-            message, fd = b'', None
+            if message[:1] in (protocol.CONNECTION, protocol.STOP):
+                number = protocol.number_of(message)
+            if fd is not None:
+                connection = pace.Client(socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=fd)
+        except (OSError, protocol.ProtocolError):  # it is not faasd: end as if it had closed
+            message = b''
         kind = message[:1]
-        if kind == protocol.CONNECTION and fd is not None:
-            connection = pace.Client(socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=fd)
-            number = protocol.number_of(message)
+        if kind == protocol.CONNECTION and connection:
             self._open[number] = None  # before another thread can receive STOP
             self._listen_on()
             with contextlib.suppress(OSError):  # the client may be gone
@@ -286,7 +289,7 @@ class Runtime:
                 return self._step(number, None) if arrived(connection) else self._park(number, new=True)
             self._done(number, connection)
         elif kind in (protocol.STOP, b''):
-            self.stop(protocol.number_of(message) if message else 0)
+            self.stop(min(number, threading.TIMEOUT_MAX))
         else:
             self._listen_on()
 

@@ -161,9 +161,9 @@ def read_settings(name: str) -> str | None:
 
 def faas_toml() -> dict:
     """The checked settings of faas.toml, {} without one. The command is a list. Raises ImageError."""
-    text = read_settings('faas.toml')
+    text = read_settings('faas.toml') or ''
     try:
-        settings = tomllib.loads(text or '')
+        settings = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         why = ' '.join(str(error).split())[:200]
         raise ImageError(f'faas.toml is not TOML: {why}', 'such as: command = ["node", "server.js"]') from error

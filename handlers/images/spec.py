@@ -95,7 +95,8 @@ def is_hex(value: object) -> bool:
 
 def is_signal(name: str) -> bool:
     try:
-        return signal_number(name) > 0
+        signal_number(name)
+        return True
     except ValueError:
         return False
 
@@ -105,7 +106,10 @@ def signal_number(name: str) -> int:
     found = re.fullmatch(r'(SIG[A-Z0-9]+)([+-][0-9]{1,2})?', name)
     if not found or found[1] not in signal.Signals.__members__:
         raise ValueError(f'there is no signal {name!r}')
-    return signal.Signals[found[1]] + int(found[2] or 0)
+    number = signal.Signals[found[1]] + int(found[2] or 0)
+    if not 0 < number <= signal.SIGRTMAX:
+        raise ValueError(f'there is no signal {name!r}')
+    return number
 
 
 def read_spec(folder: str) -> Spec:
@@ -132,7 +136,7 @@ def candidates(spec: Spec) -> tuple[int, ...]:
     With EXPOSE: its ports, $PORT first if it is one of them. Without: $PORT, and the caller takes any other port, too.
     """
     text = spec.env.get('PORT', '')
-    port = int(text) if text.isascii() and text.isdigit() and 0 < int(text[:6]) < 65536 else None
+    port = int(text) if re.fullmatch('0{0,9}[1-9][0-9]{0,4}', text) and int(text) < 65536 else None
     if not spec.ports:
         return (port or DEFAULT_PORT,)
     first = port if port in spec.ports else DEFAULT_PORT if DEFAULT_PORT in spec.ports else min(spec.ports)
