@@ -7,8 +7,8 @@ import shutil
 import tarfile
 
 from handlers.images import layers, staging
-from handlers.images.archive import ImageError
 from handlers.images.spec import read_spec
+from handlers.images.streams import ImageError
 from host import process
 from tests import images, inside
 

@@ -7,9 +7,9 @@ import tarfile
 import unittest
 
 from handlers.images import unpack
-from handlers.images.archive import ImageError
 from handlers.images.folder import FOLDER_DEPTH, check_inside
 from handlers.images.spec import Spec, tree
+from handlers.images.streams import ImageError
 from host import process
 from tests import images, inside
 from tests.staged import HANDLER, Staged, archive, entry

@@ -9,8 +9,8 @@ import unittest
 import unittest.mock
 
 from handlers.images import staging
-from handlers.images.archive import ImageError
 from handlers.images.spec import Spec, read_spec, tree
+from handlers.images.streams import ImageError
 from host import disk
 from tests import images, inside
 from tests.staged import BASE, HANDLER, RUN, Staged, StagedImages, archive, written

@@ -9,8 +9,8 @@ import shlex
 import tomllib
 from collections.abc import Callable
 
-from handlers.images import archive
-from handlers.images.archive import ImageError, show
+from handlers.images.streams import ImageError, Reader, Section, SectionReader, show
+from handlers.images.tar import Member, members
 
 FOLDER_ENTRIES, FOLDER_DEPTH = 20_000, 32
 MOST_SETTINGS = 64 << 10  # bytes of a faas.toml or a Procfile
@@ -32,10 +32,10 @@ ALMOST = {  # what a folder without an entry has instead, and what it needs then
 }
 
 
-def fill_folder(reader: archive.Reader) -> None:
+def fill_folder(reader: Reader) -> None:
     """Unpack a tar into the current folder: files, folders, and links that stay inside. Raises ImageError."""
     made = set()
-    for member in archive.members(reader):
+    for member in members(reader):
         given = os.fsdecode(member.name)
         name = os.path.normpath(given)
         if name == '.' and member.kind == 'folder':
@@ -50,7 +50,7 @@ def fill_folder(reader: archive.Reader) -> None:
             raise ImageError(f'{show(given)} exists already', FOLDER_HINT) from error
 
 
-def put_in_folder(name: str, member: archive.Member, reader: archive.Reader) -> None:
+def put_in_folder(name: str, member: Member, reader: Reader) -> None:
     """Make one member of the tar as `name`. Raises ImageError, FileExistsError."""
     folder = os.path.dirname(name)
     if os.path.realpath(folder) != os.path.join('/', folder):  # else it may be deeper than the limit
@@ -89,7 +89,7 @@ def precompile() -> None:
                     )
 
 
-def do_folder(section: archive.Section, name: str, count: Callable[[int], None]) -> dict:
+def do_folder(section: Section, name: str, count: Callable[[int], None]) -> dict:
     """Unpack a folder as `name` here and read its settings. Returns the fields of its spec. Raises ImageError.
 
     count() is told how many bytes that are, and raises ImageError when they are too many.
@@ -99,7 +99,7 @@ def do_folder(section: archive.Section, name: str, count: Callable[[int], None])
     os.chdir('/')
     os.umask(0o022)
     count(section.size)
-    fill_folder(archive.SectionReader(section))
+    fill_folder(SectionReader(section))
     spec = folder_spec()
     precompile()
     return spec

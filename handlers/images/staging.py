@@ -16,9 +16,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import BinaryIO
 
-from handlers.images.archive import ImageError
 from handlers.images.layers import Layers, remove_tree
 from handlers.images.spec import Spec, is_hex, is_tuple
+from handlers.images.streams import ImageError
 from host import disk, files, process
 
 CHUNK = 1 << 20
