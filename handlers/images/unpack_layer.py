@@ -233,27 +233,24 @@ class Root:
 def do_layer(layer: Layer, name: str, start_zstd: streams.StartZstd, meter: Meter, write: bool) -> list[str]:
     """Check the digests of a layer, and unpack it as the folder `name` here if `write`. Returns its opaque folders.
 
+    The content is hashed also when it is stored already: who knows the digest of a layer may not have the layer.
     Raises ImageError.
     """
-    root = Root(meter)
-    packed = layer.section.packed()
-    blob = streams.Digest(layer.section.chunks()) if layer.blob or not packed else None
-    if not packed:
-        content, reader = blob, streams.SectionReader(layer.section)
-        meter.bytes(layer.section.size if write else 0)
-    elif write or not blob:
-        unpacked = streams.unpacked(layer.section, packed, start_zstd)
-        content = streams.Tap(meter.chunks(unpacked))
+    root, packed = Root(meter), layer.section.packed()
+    if packed:
+        blob = streams.Digest(layer.section.chunks()) if layer.blob else None
+        content = streams.Tap(meter.chunks(streams.unpacked(layer.section, packed, start_zstd)))
         reader = streams.Reader(content)
     else:
-        content = reader = None
+        blob = content = streams.Digest(layer.section.chunks())
+        reader = streams.SectionReader(layer.section)
+        meter.bytes(layer.section.size if write else 0)
     if write:
         os.mkdir(name, 0o755)
         os.chroot(name)
         os.chdir('/')
         root.fill(reader)
-    if reader:
-        reader.skip(sys.maxsize)  # to the end: the digest includes what follows the tar
+    reader.skip(sys.maxsize)  # to the end: the digest includes what follows the tar
     for what, digest, expected in (('blob', blob, layer.blob), ('content', content, layer.diff_id)):
         if digest and expected and digest.hex() != expected:
             raise ImageError(f'the {what} has another digest than sha256:{expected}', 'save the image again')

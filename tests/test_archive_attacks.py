@@ -1,0 +1,75 @@
+"""Archives that attack: they claim a layer of another, cost more than their size says, or go on without an uploader."""
+
+import gzip
+import io
+import json
+import os
+import pathlib
+import subprocess
+import tarfile
+import tempfile
+import time
+import unittest
+
+from handlers.images import archive, folder, streams, tar
+from handlers.images.streams import ImageError
+from tests import images, inside
+from tests.staged import BASE, RUN, StagedImages, written
+
+SECRET = images.layer(('secret', b'of another function', {'mode': 0o600}))
+
+
+class Content(StagedImages):
+    """A layer is what its bytes hash to. Knowing its digest is not having it."""
+
+    def claim(self, *blobs, form, absent=False):
+        """The archive of an image whose layers are `blobs` (images.Layer), of which each says that it is SECRET."""
+        for blob in blobs:
+            blob.diff_id = images.sha256(SECRET)
+        files = images.files_of(blobs, RUN, form=form)
+        if absent:
+            files = {name: each for name, each in files.items() if not isinstance(each, images.Layer)}
+        return written(files)
+
+    def refuse_claim(self, data, pattern):
+        with self.assertRaisesRegex(ImageError, pattern), self.staging() as staging:
+            staging.receive(io.BytesIO(data).read, None)
+        self.assertEqual(['1'], os.listdir(self.functions), 'something remains')
+        self.assertEqual({images.sha256(SECRET)}, self.layers.present())
+
+    @inside.inside
+    def test_a_digest_gives_no_layer_of_another(self):
+        self.image(SECRET)
+        for form in ('docker', 'oci', 'both'):
+            for pack in (None, 'gzip', 'zstd'):
+                decoys = [images.Layer(images.layer((name, b'x')), pack) for name in ('a', 'b')]
+                with self.subTest((form, pack)):
+                    self.refuse_claim(self.claim(decoys[0], form=form), 'layer 1: the content has another digest')
+                    self.refuse_claim(self.claim(*decoys, form=form), 'layer .: the content has another digest')
+                    self.refuse_claim(self.claim(decoys[0], decoys[0], form=form), 'the content has another digest')
+                    self.refuse_claim(self.claim(decoys[0], form=form, absent=True), 'is not in the archive')
+                    genuine = images.Layer(SECRET, pack)  # the one shows that it has the layer, the other does not
+                    self.refuse_claim(self.claim(genuine, decoys[0], form=form), 'layer 2: the content has another')
+                    self.refuse_claim(self.claim(decoys[0], genuine, form=form), 'layer 1: the content has another')
+
+    @inside.inside
+    def test_a_blob_that_was_good_once_is_hashed_again(self):
+        """What was verified for one upload is not believed of another."""
+        self.image(SECRET, form='oci', pack='gzip')
+        decoy = images.Layer(BASE, 'gzip')
+        self.image_again(images.image([decoy], RUN, form='oci'))
+        self.refuse_claim_beside(self.claim(images.Layer(BASE, 'gzip'), form='oci'))
+
+    def image_again(self, data):
+        with self.staging() as staging:
+            staging.receive(io.BytesIO(data).read, None)
+            staging.keep(f'{self.functions}/2/1')
+
+    def refuse_claim_beside(self, data):
+        with self.assertRaisesRegex(ImageError, 'the content has another digest'), self.staging() as staging:
+            staging.receive(io.BytesIO(data).read, None)
+        self.assertEqual({'1', '2'}, set(os.listdir(self.functions)))
+
+
+if __name__ == '__main__':
+    unittest.main()
