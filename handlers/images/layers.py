@@ -1,4 +1,7 @@
-"""The layers that images share: `layers/SHA256/`, each stored once."""
+"""The layers that images share: `layers/SHA256/`, each stored once.
+
+`layers/SHA256.blobs` has the digests of the packed blobs that were found to hold the layer, the latest first.
+"""
 
 import collections
 import contextlib
@@ -18,6 +21,9 @@ def remove_tree(path: str) -> None:
         process.run(['rm', '-rf', '--', path], timeout_s=300)
 
 
+MOST_BLOBS = 8  # of a layer
+
+
 class Layers:
     """The layers that images share, in `folder`, each named by the hex digits of its diff_id. Safe for threads.
 
@@ -32,8 +38,9 @@ class Layers:
     def prepare(self) -> None:
         """Make the folder, and remove what a killed run left unfinished. Raises OSError."""
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        present = self.present()
         for name in os.listdir(self.folder):
-            if name.startswith('.'):
+            if name.startswith('.') or (name.endswith('.blobs') and name.removesuffix('.blobs') not in present):
                 remove_tree(os.path.join(self.folder, name))
 
     def id_base(self, wanted: int) -> int:
@@ -75,6 +82,7 @@ class Layers:
                 if not self._pins[digits]:
                     gone.append(self.path(f'.{digits}.{next(self._numbers)}'))
                     os.rename(self.path(digits), gone[-1])  # so that a kill leaves no half of a layer under its name
+                    gone.append(self.path(f'{digits}.blobs'))
         for path in gone:
             remove_tree(path)
 
@@ -93,6 +101,21 @@ class Layers:
         with self._lock:
             self._pins.subtract(pinned)
             self._pins = +self._pins  # without those at 0
+
+    def blobs(self, digits: str) -> list[str]:
+        """The digests of the packed blobs that hold this layer, as far as they were seen."""
+        try:
+            with open(self.path(f'{digits}.blobs')) as file:
+                return list(filter(is_hex, file.read().split()))
+        except FileNotFoundError:
+            return []
+
+    def add_blob(self, digits: str, blob: str) -> None:
+        """Remember that the blob was found to hold the layer. Raises OSError."""
+        with self._lock:
+            known = self.blobs(digits)
+            if blob not in known:
+                files.write_file(self.path(f'{digits}.blobs'), '\n'.join([blob, *known[: MOST_BLOBS - 1]]), 0o600)
 
     def add(self, digits: str, folder: str) -> None:
         """Move a finished layer here, unless another Staging has stored the same meanwhile."""

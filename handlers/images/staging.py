@@ -68,6 +68,7 @@ class Staging:
     ) -> None:
         self._functions = functions
         self._layers, self._pinned, self._new, self.spec = layers, set(), [], None
+        self._blobs = []  # (digest of the layer, digest of a blob that holds it)
         self._order = {'id_base': id_base, 'most_bytes': most_bytes, 'reference': reference}
         with disk.refusals(functions), contextlib.ExitStack() as undo:
             os.makedirs(functions, mode=0o700, exist_ok=True)
@@ -111,14 +112,17 @@ class Staging:
             for name in self._new if self.spec.kind == 'image' else ['tree']:
                 if os.path.islink(os.path.join(self._work, name)) or not os.path.isdir(os.path.join(self._work, name)):
                     raise ValueError(f'{name} was not made')
-            if missing := set(self.spec.layers) - self._pinned - set(self._new):
+            needed = set(self.spec.layers)
+            if missing := needed - self._pinned - set(self._new):
                 raise ValueError(f'{len(missing)} layers were not made')
+            self._blobs = [(digits, blob) for digits in needed for blob in answer['blobs'].get(digits, ())]
+            if not all(is_hex(blob) for _, blob in self._blobs):
+                raise ValueError('a digest is none')
             for digits, folders in answer['opaque'].items():
                 for folder in folders if digits in self._new else ():
                     make_opaque(os.path.join(self._work, digits), folder)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ImageError(f'the archive cannot be unpacked: {error}') from error
-        needed = set(self.spec.layers)
         self._layers.pin(needed)
         self._layers.unpin(self._pinned)
         self._pinned = needed
@@ -130,7 +134,8 @@ class Staging:
         """The answer of the unprivileged process. Raises ImageError, DiskFull."""
         order = os.path.join(self._folder, 'order.json')
         with open(order, 'w') as file:
-            json.dump({**self._order, 'folder': self._work, 'stored': sorted(self._pinned)}, file)
+            stored = {digits: self._layers.blobs(digits) for digits in self._pinned}
+            json.dump({**self._order, 'folder': self._work, 'stored': stored}, file)
         try:
             done = process.run(
                 ['/usr/bin/python3', '-I', '-S', WORKER, order], stdin=spool, ok=range(256), timeout_s=UNPACK_TIMEOUT_S
@@ -157,6 +162,8 @@ class Staging:
             if self._new:
                 files.sync_folder(self._layers.folder)
                 files.sync_folder(os.path.dirname(self._layers.folder))
+            for digits, blob in self._blobs:
+                self._layers.add_blob(digits, blob)
             revision = os.path.join(self._folder, 'revision')
             os.mkdir(revision, mode=0o755)
             if self.spec.kind != 'image':

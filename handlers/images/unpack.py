@@ -3,8 +3,8 @@
 staging.Staging runs it as a program, as root, with the archive on stdin and the path of an order (JSON) as the
 argument. The process gives up all privileges and becomes root of a user namespace of its own. It unpacks into the
 folder that the order names, and prints the result as JSON: {"spec": …, "layers": [digest of each new one, …],
-"opaque": …} or {"error": …, "hint": …}. One process fills one tree, and has that tree as its root folder: no link in
-the tree leads out of it.
+"opaque": …, "blobs": …} or {"error": …, "hint": …}. One process fills one tree, and has that tree as its root folder:
+no link in the tree leads out of it.
 """
 
 import contextlib
@@ -163,7 +163,7 @@ def do_archive(order: dict, fd: int, start_zstd: streams.StartZstd) -> dict:
     else:
         meter = Bounds(1, order['most_bytes'], FOLDER_ENTRIES).meter(0)
         (spec,) = side_by_side([lambda: do_folder(opened.whole, 'tree', meter.bytes)])
-        answer = {'spec': spec, 'layers': [], 'opaque': {}}
+        answer = {'spec': spec, 'layers': [], 'opaque': {}, 'blobs': {}}
     os.ftruncate(fd, 0)  # or syncfs() would write it to the disk
     here = os.open('.', os.O_RDONLY)
     call(libc.syncfs(here))
@@ -173,24 +173,29 @@ def do_archive(order: dict, fd: int, start_zstd: streams.StartZstd) -> dict:
 def do_image(opened: archive.Archive, order: dict, start_zstd: streams.StartZstd) -> dict:
     config, layers = archive.find_image(opened, order['reference'])
     spec = archive.image_spec(config, [layer.diff_id for layer in layers])
-    stored, jobs, written = set(order['stored']), {}, []
+    stored, jobs, written = order['stored'], {}, []
     bounds = Bounds(len(layers), order['most_bytes'], IMAGE_ENTRIES)
     for place, layer in enumerate(layers):
         if layer in jobs:
             continue
-        new = layer.diff_id not in stored
-        if new:
-            stored.add(layer.diff_id)
+        verified = stored.get(layer.diff_id)
+        if verified is None:
+            stored[layer.diff_id] = []
             written.append(layer.diff_id)
-        jobs[layer] = layer_job(layer, place, start_zstd, bounds.meter(place), new)
-    opaque = dict(zip((layer.diff_id for layer in jobs), side_by_side(list(jobs.values())), strict=True))
-    return {'spec': spec, 'layers': written, 'opaque': opaque}
+        jobs[layer] = layer_job(layer, place, start_zstd, bounds.meter(place), verified)
+    opaque, blobs = {}, {}
+    for layer, done in zip(jobs, side_by_side(list(jobs.values())), strict=True):
+        opaque.setdefault(layer.diff_id, []).extend(done['opaque'])
+        blobs.setdefault(layer.diff_id, []).extend([done['blob']] if done['blob'] else [])
+    return {'spec': spec, 'layers': written, 'opaque': opaque, 'blobs': blobs}
 
 
-def layer_job(layer: archive.Layer, place: int, start_zstd: streams.StartZstd, meter: Meter, new: bool) -> Callable:
+def layer_job(
+    layer: archive.Layer, place: int, start_zstd: streams.StartZstd, meter: Meter, verified: list[str] | None
+) -> Callable:
     def job():
         try:
-            return do_layer(layer, layer.diff_id, start_zstd, meter, new)
+            return do_layer(layer, layer.diff_id, start_zstd, meter, verified)
         except ImageError as error:
             raise ImageError(f'layer {place + 1}: {error}', error.hint) from error
 

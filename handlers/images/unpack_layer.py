@@ -8,7 +8,7 @@ import shutil
 import stat
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from handlers.images import streams, tar
 from handlers.images.archive import Layer
@@ -230,28 +230,32 @@ class Root:
         self.opaque.add(os.fsdecode(os.path.realpath(folder)))
 
 
-def do_layer(layer: Layer, name: str, start_zstd: streams.StartZstd, meter: Meter, write: bool) -> list[str]:
-    """Check the digests of a layer, and unpack it as the folder `name` here if `write`. Returns its opaque folders.
+def do_layer(
+    layer: Layer, name: str, start_zstd: streams.StartZstd, meter: Meter, verified: Container[str] | None
+) -> dict:
+    """Check the digests of a layer, and unpack it as the folder `name` here unless it is stored already.
 
-    The content is hashed also when it is stored already: who knows the digest of a layer may not have the layer.
-    Raises ImageError.
+    `verified` has the digests of the blobs that were found to hold a stored layer; None for one that is not stored.
+    The content is hashed, or that of its blob: who knows the digest of a stored layer may not have the layer.
+    Returns its `opaque` folders, and the digest of the `blob` if that is packed. Raises ImageError.
     """
     root, packed = Root(meter), layer.section.packed()
+    blob = content = streams.Digest(layer.section.chunks())
     if packed:
-        blob = streams.Digest(layer.section.chunks()) if layer.blob else None
+        if verified and blob.hex() in verified and layer.blob in (None, blob.hex()):
+            return {'opaque': [], 'blob': blob.hex()}
         content = streams.Tap(meter.chunks(streams.unpacked(layer.section, packed, start_zstd)))
         reader = streams.Reader(content)
     else:
-        blob = content = streams.Digest(layer.section.chunks())
         reader = streams.SectionReader(layer.section)
-        meter.bytes(layer.section.size if write else 0)
-    if write:
+        meter.bytes(layer.section.size if verified is None else 0)
+    if verified is None:
         os.mkdir(name, 0o755)
         os.chroot(name)
         os.chdir('/')
         root.fill(reader)
     reader.skip(sys.maxsize)  # to the end: the digest includes what follows the tar
     for what, digest, expected in (('blob', blob, layer.blob), ('content', content, layer.diff_id)):
-        if digest and expected and digest.hex() != expected:
+        if expected and digest.hex() != expected:
             raise ImageError(f'the {what} has another digest than sha256:{expected}', 'save the image again')
-    return sorted(root.opaque)
+    return {'opaque': sorted(root.opaque), 'blob': packed and blob.hex()}
