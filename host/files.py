@@ -1,6 +1,7 @@
 """Files that survive a power cut, and a reserve of room for them."""
 
 import contextlib
+import ctypes
 import fnmatch
 import os
 import re
@@ -9,6 +10,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 
 from host import disk
+
+libc = ctypes.CDLL(None, use_errno=True)
 
 # The name of a file that write_file has not finished: '.NAME.XXXXXXXX.tmp'. faasd 0.1 wrote no '.tmp'.
 # SQLite puts its own files beside a database that is being made.
@@ -74,6 +77,16 @@ def sync_folder(folder: str) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_file_system(folder: str) -> None:
+    """Write what its file system has not written yet, in one go. Raises OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if libc.syncfs(fd):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     finally:
         os.close(fd)
 

@@ -15,8 +15,8 @@ import unittest.mock
 
 from handlers.images import archive, folder, streams, tar
 from handlers.images.streams import ImageError
-from tests import images, inside
-from tests.staged import BASE, RUN, StagedImages, written
+from tests import images, inside, staged
+from tests.staged import BASE, HANDLER, RUN, StagedImages, written
 
 SECRET = images.layer(('secret', b'of another function', {'mode': 0o600}))
 
@@ -84,6 +84,183 @@ class Content(StagedImages):
         with self.staging() as staging:
             staging.receive(io.BytesIO(data).read, None)
             self.assertEqual([], os.listdir(f'{staging._folder}/work'), 'it was unpacked again')
+
+
+def header(kind, size=0, name='f'):
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def extra(kind, data):
+    """An entry that adds `data` to the header of the next one."""
+    return header(kind, len(data)) + data + bytes(-len(data) % 512)
+
+
+def record(key, value):
+    """A pax record."""
+    text = f' {key}={value}\n'.encode()
+    size = len(text)
+    while size != len(text) + len(str(size)):
+        size = len(text) + len(str(size))
+    return str(size).encode() + text
+
+
+FILE = header(tarfile.REGTYPE)
+PAX, PAX_GLOBAL, LONG_NAME = b'x', b'g', b'L'
+
+
+class Cost(unittest.TestCase):
+    """What is small is soon read or refused. All of these pack well: most are 1 to 20 kB when they arrive."""
+
+    MOST_S = 2  # of processor time
+
+    def soon(self, function, pattern=None, most_s=MOST_S):
+        """Call it. It returns or raises what `pattern` says, within most_s of processor time."""
+        before = time.process_time()
+        try:
+            function()
+            self.assertIsNone(pattern, 'it was not refused')
+        except ImageError as error:
+            self.assertRegex(str(error), pattern or 'nothing')
+        self.assertLess(time.process_time() - before, most_s)
+
+    def members(self, data):
+        return lambda: sum(1 for _ in tar.members(streams.Reader([data])))
+
+    def find(self, files, *reference):
+        """find_image() in an archive of these files."""
+
+        def find():
+            with tempfile.TemporaryFile() as file:
+                file.write(files if isinstance(files, bytes) else written(files))
+                file.flush()
+                archive.find_image(archive.Archive(file.fileno()), *reference)
+
+        return find
+
+    def test_pax_records(self):
+        tiny = b'6 a=b\n'
+        self.soon(self.members(extra(PAX, tiny * (tar.MOST_HEADER // 6)) + FILE), 'more than 256 pax records')
+        self.soon(self.members(extra(PAX_GLOBAL, tiny * (tar.MOST_HEADER // 6)) + FILE), 'more than 256 pax records')
+        self.soon(self.members(extra(PAX, tiny * 256) + FILE))
+        for bad in (b'1' * tar.MOST_HEADER, b'9' * 11 + b' a=b\n', b'-6 a=b\n', b'0 a=b\n', b'6 aab\n', b'5 a=b\n'):
+            with self.subTest(bad[:12]):
+                self.soon(self.members(extra(PAX, bad) + FILE), 'malformed pax records')
+        big = record('comment', 'x' * (tar.MOST_HEADER - 30))
+        self.soon(self.members(extra(PAX, big) + FILE))
+        for key in ('size', 'uid'):
+            self.soon(self.members(extra(PAX, record(key, '9' * 100_000)) + FILE), 'malformed|ends in the middle')
+
+    def test_headers_without_a_file(self):
+        for kind, data in ((PAX, b'6 a=b\n' * 170), (PAX_GLOBAL, b''), (LONG_NAME, b'name'), (b'K', b'link')):
+            with self.subTest(kind):
+                chain = extra(kind, data)
+                self.soon(self.members(chain * 30_000 + FILE), 'more than 8 headers for one file')
+                self.soon(self.members((chain * 8 + FILE) * 2))
+
+    def test_long_names(self):
+        long = 'a/' * 250_000 + 'x'
+        for start in (
+            extra(PAX_GLOBAL, record('path', long)),
+            extra(PAX_GLOBAL, record('linkpath', long)),
+            extra(LONG_NAME, long.encode()),
+        ):
+            self.soon(self.find(start + FILE * 500), 'name or a link of more than 4095 bytes')
+        self.soon(self.find(extra(PAX_GLOBAL, record('path', 'a/' * 2047)) + FILE * 5000), 'not in the archive')
+
+    def test_gzip_members(self):
+        empty = gzip.compress(b'')
+        for data, pattern in ((empty * 200_000, None), (b'\0'.join([empty] * 200_000), None)):
+            chunks = [data[at : at + streams.CHUNK] for at in range(0, len(data), streams.CHUNK)]
+            self.soon(lambda chunks=chunks: list(streams.gunzip(chunks)), pattern)
+        with unittest.mock.patch.object(streams, 'MOST_GZIP_MEMBERS', 1000):
+            self.soon(lambda: list(streams.gunzip([empty * 1001])), 'more than 1000 members')
+        parts = [os.urandom(size) for size in (1, 100_000, 0, 3 << 20, 5)]
+        packed = bytes(512).join(map(gzip.compress, parts)) + bytes(99_999)
+        for size in (7777, 1 << 20, len(packed)):
+            chunks = (packed[at : at + size] for at in range(0, len(packed), size))
+            self.assertEqual(b''.join(parts), b''.join(streams.gunzip(chunks)))
+
+    def test_indexes_that_name_an_index_often(self):
+        for width, leaf in ((20, b'{}'), (20, b' ' * 100_000 + b'{}'), (1000, b'{}')):
+            files, inner = {'oci-layout': b'{}'}, leaf
+            for _ in range(archive.MOST_NESTED):
+                files[f'blobs/sha256/{images.sha256(inner)}'] = inner
+                inner = json.dumps({'manifests': [images.descriptor(inner, images.INDEX)] * width}).encode()
+            files['index.json'] = inner
+            with self.subTest((width, len(leaf))):
+                self.soon(self.find(files), 'too many indexes')
+
+    def test_lists_that_are_long(self):
+        many = [{'Config': 'c', 'RepoTags': ['a'] * 800_000}]
+        self.soon(self.find({'manifest.json': json.dumps(many).encode()}, 'b' * 60_000), 'the archive holds no')
+        many = [{'Config': 'c.json', 'Layers': ['c.json'] * 400_000}]
+        files = {'manifest.json': json.dumps(many).encode(), 'c.json': b'{}'}
+        self.soon(self.find(files), 'has 400000 layers, more than 127')
+        empty = {'platform': {'os': 0}}
+        files = {'oci-layout': b'{}', 'index.json': json.dumps({'manifests': [empty] * 150_000}).encode()}
+        self.soon(self.find(files), 'is not a text')
+        for text in ('[' + '[],' * 1_300_000 + '[]]', '[' + '{},' * 1_300_000 + '{}]', '9' * (4 << 20)):
+            self.soon(self.find({'manifest.json': text.encode()}), 'is not')
+        self.soon(self.find({'manifest.json': b'9' * ((4 << 20) - 2) + b'.0'}), 'is not')
+
+    def test_settings(self):
+        for text in ('.'.join('a' * 8000) + '=1', '[' + '.'.join('a' * 5000) + ']\n' + 'b=1\n'):
+            self.soon(lambda text=text: self.toml(text), 'there is no setting|is not TOML')
+        for text in ('.'.join('a' * 32_000) + '=1',):
+            self.soon(lambda text=text: self.toml(text), 'more than 16384 bytes')
+
+    def toml(self, text):
+        with unittest.mock.patch.object(folder, 'read_settings', lambda name: self.read(text)):
+            folder.faas_toml()
+
+    def read(self, text):
+        if len(text) > folder.MOST_SETTINGS:
+            raise ImageError(f'faas.toml has more than {folder.MOST_SETTINGS} bytes')
+        return text
+
+
+class CostOfTrees(StagedImages):
+    def soon(self, most_s, function, *args, **more):
+        before = time.monotonic()
+        function(*args, **more)
+        self.assertLess(time.monotonic() - before, most_s)
+
+    @inside.inside
+    def test_an_entry_that_changes_its_type_again_and_again(self):
+        many = [(f'd{number}/', None) for number in range(15_000)]
+        change = [('x/', None), ('x', b'')] * 10_000
+        self.soon(10, self.image, images.layer(*many, *change))
+        kept = [('d/', None, {'mode': 0o700}), ('d/e/', None, {'mode': 0o700}), ('f/', None, {'mode': 0o711})]
+        (layer,) = self.image_anew(images.layer(*kept, ('d', b''), ('d/', None, {'mode': 0o500}), ('d/e/f', b'')))
+        modes = {name: oct(os.stat(layer / name).st_mode & 0o777) for name in ('d', 'd/e', 'f')}
+        self.assertEqual({'d': '0o500', 'd/e': '0o755', 'f': '0o711'}, modes)
+
+    def image_anew(self, *layers):
+        self.clean()
+        return self.image(*layers)
+
+    @inside.inside
+    def test_opaque_folders(self):
+        deep = '/'.join('x' * 120)
+        few = images.layer(*((f'{number}/.wh..wh..opq', b'') for number in range(1000)))
+        self.soon(5, self.image, few)
+        many = images.layer(*((f'{deep}/.wh..wh..opq', b'') for number in range(30_000)))
+        self.clean()
+        self.soon(15, self.refuse_image, 'more than 10000 opaque folders', many)
+
+    @inside.inside
+    def test_python_files_that_take_long_to_compile(self):
+        """The compiler writes the body of each `finally` twice."""
+        depth = 16
+        lines = [f'{" " * at}try: pass\n{" " * at}finally:\n' for at in range(depth)]
+        slow = ''.join(lines) + f'{" " * depth}f(1, 2, 3)\n'
+        files = [HANDLER, ('before.py', 'x = 1\n'), *((f'slow{number}.py', slow) for number in range(60))]
+        tree = []
+        self.soon(12, lambda: tree.append(self.stage(staged.archive(*files)) / 'tree'))
+        self.assertTrue((tree[0] / 'handler.py').exists())
+        self.assertEqual('handler', self.spec.kind)
 
 
 if __name__ == '__main__':

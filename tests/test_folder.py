@@ -217,7 +217,7 @@ class Folders(Staged):
             ('port 80', 'faas.toml is not TOML'),
             ('x = ' + '[' * 5000, 'faas.toml is not TOML'),
             (b'\xff', 'not UTF-8'),
-            ('#' * 70_000, 'more than 65536 bytes'),
+            ('#' * 70_000, 'more than 16384 bytes'),
         ):
             with self.subTest(text[:20]):
                 error = self.refuse(archive(HANDLER, ('faas.toml', text)), pattern)

@@ -16,7 +16,8 @@ from typing import NamedTuple
 from handlers.images.streams import ImageError, Section, SectionReader, show
 from handlers.images.tar import HINT, members, parts
 
-MOST_JSON = 4 << 20
+MOST_JSON, MOST_JSON_IN_ALL = 4 << 20, 16 << 20
+JSON_COST = 4096  # bytes that the reading of a small file counts as
 MOST_MEMBERS = 20_000  # of the archive itself, not of its layers
 MOST_LAYERS = 127
 MOST_NESTED = 4  # indexes in indexes, links to links
@@ -30,7 +31,7 @@ class Archive:
 
     def __init__(self, fd: int) -> None:
         self.whole = Section(fd, 0, os.fstat(fd).st_size)
-        self._members = {}
+        self._members, self._json_left = {}, MOST_JSON_IN_ALL
         reader = SectionReader(self.whole)
         for count, member in enumerate(members(reader)):
             if count >= MOST_MEMBERS:
@@ -68,6 +69,9 @@ class Archive:
             raise ImageError(f'{what} has {section.size} bytes, not {size}', 'save the image again')
         if section.size > MOST_JSON:
             raise ImageError(f'{what} has {section.size} bytes, more than {MOST_JSON}')
+        self._json_left -= section.size + JSON_COST  # an index can be named many times
+        if self._json_left < 0:
+            raise ImageError('the archive names too many indexes and manifests', 'save one image alone')
         data = b''.join(section.chunks())
         if digest and hashlib.sha256(data).hexdigest() != digest:
             raise ImageError(f'{what} has another digest than {digest}', 'save the image again')
@@ -90,8 +94,6 @@ def find_image(archive: Archive, reference: str | None = None) -> tuple[dict, li
     find = docker_image if 'manifest.json' in archive else oci_image
     config, blobs = find(archive, reference)
     check_platform(of(config, dict, 'the config'))
-    if len(blobs) > MOST_LAYERS:
-        raise ImageError(f'the image has {len(blobs)} layers, more than {MOST_LAYERS}', 'build it with fewer steps')
     rootfs = of(config.get('rootfs'), dict, "the config's rootfs")
     what = "the config's diff_ids"
     ids = [hex_of(each, what) for each in of(rootfs.get('diff_ids') or [], list, what)]
@@ -151,7 +153,8 @@ def same_name(names: list[str], reference: str) -> bool:
             name = name.removeprefix(prefix)
         return name if ':' in name.rpartition('/')[2] else f'{name}:latest'
 
-    return any(plain(name) == plain(reference) for name in names)
+    wanted = plain(reference)
+    return any(plain(name) == wanted for name in names)
 
 
 def docker_image(archive: Archive, reference: str | None) -> tuple[dict, list[tuple[str | None, Section]]]:
@@ -164,7 +167,7 @@ def docker_image(archive: Archive, reference: str | None) -> tuple[dict, list[tu
     entry = choose(images, reference)
     named = re.fullmatch(r'(?:([0-9a-f]{64})\.json|blobs/sha256/([0-9a-f]{64}))', entry['Config'])
     config = archive.json(entry['Config'], 'the config', digest=named and (named[1] or named[2]))
-    names = [of(each, str, 'Layers') for each in of(entry.get('Layers') or [], list, 'Layers')]
+    names = [of(each, str, 'Layers') for each in layers_of(entry.get('Layers'), 'Layers')]
     return config, [(None, archive.section(name, f'layer {at + 1}')) for at, name in enumerate(names)]
 
 
@@ -189,7 +192,7 @@ def oci_image(archive: Archive, reference: str | None) -> tuple[dict, list[tuple
     manifest = of(blob_json(archive, descriptor, 'the manifest'), dict, 'the manifest')
     config = blob_json(archive, of(manifest.get('config'), dict, "the manifest's config"), 'the config')
     layers = []
-    for at, layer in enumerate(of(manifest.get('layers') or [], list, "the manifest's layers")):
+    for at, layer in enumerate(layers_of(manifest.get('layers'), "the manifest's layers")):
         what = f'layer {at + 1}'
         digest = hex_of(of(layer, dict, what).get('digest'), what)
         name = f'blobs/sha256/{digest}'
@@ -200,6 +203,14 @@ def oci_image(archive: Archive, reference: str | None) -> tuple[dict, list[tuple
             raise ImageError(f'{what} has {section.size} bytes, not {layer["size"]}', 'save the image again')
         layers.append((digest, section))
     return config, layers
+
+
+def layers_of(value: object, what: str) -> list:
+    """The layers that a manifest lists. Raises ImageError."""
+    found = of(value or [], list, what)
+    if len(found) > MOST_LAYERS:
+        raise ImageError(f'the image has {len(found)} layers, more than {MOST_LAYERS}', 'build it with fewer steps')
+    return found
 
 
 def blob_json(archive: Archive, descriptor: dict, what: str) -> object:

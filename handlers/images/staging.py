@@ -121,6 +121,8 @@ class Staging:
             for digits, folders in answer['opaque'].items():
                 for folder in folders if digits in self._new else ():
                     make_opaque(os.path.join(self._work, digits), folder)
+            if any(answer['opaque'].values()):
+                files.sync_file_system(self._work)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ImageError(f'the archive cannot be unpacked: {error}') from error
         self._layers.pin(needed)
@@ -177,7 +179,7 @@ class Staging:
 
 
 def make_opaque(top: str, path: str) -> None:
-    """Mark the folder `path` below `top` so that overlayfs shows nothing of the layers under it.
+    """Mark the folder `path` below `top` so that overlayfs shows nothing of the layers under it. The caller syncs it.
 
     Only the daemon can set this attribute. The kind that users can set does not work: overlayfs must set the same in
     the writable layer of an instance, which is a tmpfs, and a tmpfs takes user attributes only since Linux 6.6.
@@ -192,7 +194,6 @@ def make_opaque(top: str, path: str) -> None:
                 os.close(fd)
                 fd = below
         os.setxattr(fd, 'trusted.overlay.opaque', b'y')
-        os.fsync(fd)
     except (FileNotFoundError, NotADirectoryError):  # a later entry of the layer has removed it
         pass
     finally:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from host.errors import FaasError
 
-CHUNK = 1 << 20
+CHUNK, SMALL_CHUNK = 1 << 20, 1 << 14
+MOST_GZIP_MEMBERS = 1_000_000  # eStargz has one for each file
 
 StartZstd = Callable[[], tuple[int, int, int]]  # the input, output and errors of a `zstd -dc` that was started
 
@@ -169,18 +170,25 @@ def unpacked(section: Section, how: str, start_zstd: StartZstd) -> Iterator[byte
 
 def gunzip(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """The content of gzip members, in chunks. Raises ImageError."""
-    unpacker = zlib.decompressobj(31)
+    unpacker, count, most = zlib.decompressobj(31), 1, CHUNK
     try:
         for chunk in chunks:
-            while chunk:
+            at = 0
+            while at < len(chunk):
+                fed = chunk[at : at + most]
                 if unpacker.eof:
-                    chunk = chunk.lstrip(b'\0')  # padding of tapes and such
-                    if not chunk:
-                        break
-                    unpacker = zlib.decompressobj(31)
-                if data := unpacker.decompress(chunk, CHUNK):
+                    at += len(fed) - len(fed.lstrip(b'\0'))  # padding of tapes and such
+                    fed = fed.lstrip(b'\0')
+                    if not fed:
+                        continue
+                    unpacker, count = zlib.decompressobj(31), count + 1
+                    if count > MOST_GZIP_MEMBERS:
+                        raise ImageError(f'the gzip data has more than {MOST_GZIP_MEMBERS} members')
+                if data := unpacker.decompress(fed, CHUNK):
                     yield data
-                chunk = unpacker.unconsumed_tail or unpacker.unused_data
+                at += len(fed) - len(unpacker.unconsumed_tail or unpacker.unused_data)
+                # zlib copies what it is fed and does not use: members may be tiny.
+                most = SMALL_CHUNK if unpacker.eof else min(2 * most, CHUNK)
         if data := unpacker.flush():
             yield data
     except zlib.error as error:

@@ -10,6 +10,9 @@ from typing import NamedTuple
 from handlers.images.streams import ImageError, Reader, show
 
 MOST_HEADER = 1 << 20  # of pax records and of GNU's long names
+MOST_EXTRAS = 8  # headers that add to the next one
+MOST_RECORDS = 256  # of one pax header
+MOST_NAME = 4095  # of names and links: PATH_MAX without its NUL
 
 BLOCK = 512
 HINT = 'send a folder, or an image as docker save, podman save or skopeo copy write it'
@@ -56,7 +59,7 @@ def members(reader: Reader) -> Iterator[Member]:
 
     The last member may lack padding, and the tar its end mark: umoci writes such tars.
     """
-    common, own, first = {}, {}, True
+    common, own, extras, first = {}, {}, 0, True
     while block := reader.read(BLOCK):
         if len(block) < BLOCK and (first or block.strip(b'\0')):
             raise ImageError(*(('it is not a tar archive', HINT) if first else ('the archive is cut', 'send it again')))
@@ -77,6 +80,9 @@ def members(reader: Reader) -> Iterator[Member]:
         if magic == b'ustar\0' and prefix[0]:
             name = prefix.split(b'\0', 1)[0] + b'/' + name
         if kind in b'xgLK':
+            extras += 1
+            if extras > MOST_EXTRAS:
+                raise ImageError(f'the archive has more than {MOST_EXTRAS} headers for one file')
             data = extra(reader, size)
             if kind == b'g':
                 common.update(records(data))
@@ -85,6 +91,7 @@ def members(reader: Reader) -> Iterator[Member]:
             else:
                 own[b'path' if kind == b'L' else b'linkpath'] = data.split(b'\0', 1)[0]
             continue
+        extras = 0
         kind = KINDS.get(kind) or f'entry of type {kind!r}'
         if common or own:
             said, own = common | own, {}
@@ -97,6 +104,8 @@ def members(reader: Reader) -> Iterator[Member]:
             kind = 'folder'
         if not name or b'\0' in name or b'\0' in link or min(uid, gid, size) < 0:
             raise ImageError(f'the archive is damaged at byte {reader.at - BLOCK}', 'send it again')
+        if max(len(name), len(link)) > MOST_NAME:
+            raise ImageError(f'{show(name)} has a name or a link of more than {MOST_NAME} bytes')
         if kind in ('folder', 'symlink', 'link', 'fifo', 'device'):
             size = 0
         most_ns = MOST_SECONDS * 1_000_000_000
@@ -129,15 +138,18 @@ def extra(reader: Reader, size: int) -> bytes:
 
 def records(data: bytes) -> dict:
     """Of pax records: path, linkpath, size, uid, gid, mtime (in ns), and True under 'sparse' for a sparse file."""
-    said = {}
+    said, at, count = {}, 0, 0
     try:
-        while data:
-            digits = data.split(b' ', 1)[0]
-            record, data = data[len(digits) + 1 : int(digits)], data[int(digits) :]
-            key, value = record.split(b'=', 1)
-            if not value.endswith(b'\n') or int(digits) < 0:
+        while at < len(data):
+            blank = data.index(b' ', at, at + 12)
+            end = at + int(data[at:blank])
+            if not blank < end <= len(data) or data[end - 1] != ord('\n'):
                 raise ValueError
-            value = value[:-1]
+            equals = data.index(b'=', blank, end)
+            key, value, at = data[blank + 1 : equals], data[equals + 1 : end - 1], end
+            count += 1
+            if count > MOST_RECORDS:
+                raise ImageError(f'the archive has more than {MOST_RECORDS} pax records for one file')
             if key in (b'path', b'linkpath'):
                 said[key] = value
             elif key in (b'size', b'uid', b'gid'):

@@ -24,7 +24,7 @@ from collections.abc import Callable
 if __name__ == '__main__':
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))  # -I leaves it out
 from handlers.images import archive, streams
-from handlers.images.folder import FOLDER_ENTRIES, do_folder
+from handlers.images.folder import FOLDER_ENTRIES, do_folder, precompile
 from handlers.images.streams import ImageError
 from handlers.images.unpack_layer import MOST_ID, Bounds, Meter, do_layer
 
@@ -163,6 +163,8 @@ def do_archive(order: dict, fd: int, start_zstd: streams.StartZstd) -> dict:
     else:
         meter = Bounds(1, order['most_bytes'], FOLDER_ENTRIES).meter(0)
         (spec,) = side_by_side([lambda: do_folder(opened.whole, 'tree', meter.bytes)])
+        with contextlib.suppress(ImageError):  # it took too long
+            side_by_side([lambda: precompile('tree')])
         answer = {'spec': spec, 'layers': [], 'opaque': {}, 'blobs': {}}
     os.ftruncate(fd, 0)  # or syncfs() would write it to the disk
     here = os.open('.', os.O_RDONLY)

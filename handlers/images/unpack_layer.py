@@ -17,6 +17,7 @@ from handlers.images.tar import parts
 
 IMAGE_DEPTH = 128
 MOST_ID = 65535
+MOST_OPAQUE = 10_000  # in one layer: the daemon marks each
 
 
 class Bounds:
@@ -74,8 +75,10 @@ class Root:
     """
 
     def __init__(self, meter: Meter) -> None:
-        self._meter, self.opaque = meter, set()
-        self._folders = {}  # path → member: mode and time are set at the end, the mode may forbid to write
+        self._meter, self.opaque, self._marks = meter, set(), 0
+        # path → (member, how many were removed before it): mode and time are set at the end, the mode may forbid to write
+        self._folders = {}
+        self._removed, self._removals = {}, 0  # path → its number among the folders that were removed, from 1
 
     def fill(self, reader: streams.Reader) -> None:
         os.umask(0)
@@ -88,8 +91,9 @@ class Root:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 raise ImageError(f'{show(member.name)}: {error.strerror}') from error
-        for path, member in self._folders.items():
-            self._finish(path, member)
+        for path, (member, removed) in self._folders.items():
+            if not self._removed or self._stays(path, removed):
+                self._finish(path, member)
         self._meter.check()
 
     def _path(self, member):
@@ -117,7 +121,7 @@ class Root:
         elif kind == 'folder':
             if path:
                 self._folder(path)
-            self._folders[path] = member
+            self._folders[path] = member, self._removals
         elif kind == 'symlink' and path:
             if b'..' in member.link and member.link[:1] != b'/':
                 parts(os.path.dirname(path) + b'/' + member.link, f'links out of the image: {show(member.name)}')
@@ -137,6 +141,14 @@ class Root:
             raise ImageError(f'{show(member.name)} is a device', 'leave devices out: each instance gets a /dev')
         else:
             raise ImageError(f'{show(member.name)} is a {kind}, which an image cannot hold')
+
+    def _stays(self, path, removals):
+        """True unless the folder, or one above it, was removed after the first `removals` removals."""
+        while path:
+            if self._removed.get(path, 0) > removals:
+                return False
+            path = path.rpartition(b'/')[0]
+        return True
 
     def _dress(self, fd, member):
         """Set owner, mode and time of a new file, which belongs to 0:0 and has the lower bits of the mode."""
@@ -187,8 +199,8 @@ class Root:
             os.unlink(path)
         except IsADirectoryError:
             shutil.rmtree(path)
-            for each in [each for each in self._folders if each == path or each.startswith(path + b'/')]:
-                del self._folders[each]
+            self._removals += 1
+            self._removed[path] = self._removals
 
     def _folder(self, path):
         try:
@@ -227,7 +239,16 @@ class Root:
         return self._make(folder + hidden, lambda: os.mknod(folder + hidden, stat.S_IFCHR, 0))
 
     def _make_opaque(self, folder):
-        self.opaque.add(os.fsdecode(os.path.realpath(folder)))
+        self._marks += 1
+        if self._marks > MOST_OPAQUE:
+            raise ImageError(f'more than {MOST_OPAQUE} opaque folders', 'build it with fewer steps')
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fchdir(fd)  # the path without links: much faster than realpath()
+            self.opaque.add(os.getcwd())
+        finally:
+            os.chdir('/')
+            os.close(fd)
 
 
 def do_layer(
