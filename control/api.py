@@ -171,9 +171,15 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
             reference=self._query.get('image'),
             source=source,
             is_wanted=self._client_is_there,
+            stop_reading=self._stop_reading,
         )
         self._body.finished()
         self._json(answer)
+
+    def _stop_reading(self) -> None:
+        """End the body, also under a thread that waits for more of it. The answer can still be sent."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RD)
 
     def _client_is_there(self) -> bool:
         """False when the client has gone. One that has only ended its sending is there, if it is at a unix socket."""

@@ -16,6 +16,7 @@ from control.projection import Projection
 from control.revisions import Revisions
 from dns_manager import DNSZoneManager
 from handlers.containers.containers import Container
+from handlers.images.staging import Staging
 from handlers.serving.instance import Revision, Surroundings
 from handlers.serving.pool import Pool
 from handlers.serving.server import Adopted, FaaSServer
@@ -24,6 +25,7 @@ from host.errors import EXPECTED, FaasError
 
 NETWORK = 'fd00:faa5:1::/48'
 FAILED_DEPLOY_STOP_S = 5  # how long what was opened for a deploy may take to end
+ENDING_REMOVAL_S = 2  # how long the end of faasd waits for the removal of what was unpacked; the next start does the rest
 CHANGES_END_S = 60  # how long the end of faasd waits for deploys and removals
 CLOSE_EXTRA_S = 30  # beyond FAAS_STOP_TIMEOUT, until what does not end is left
 
@@ -59,30 +61,32 @@ class Changes:
     """Counts what the end of faasd has to wait for."""
 
     def __init__(self) -> None:
-        self._count, self._changed, self._ended = 0, threading.Condition(), False
+        self._under_way, self._changed, self.ended = [], threading.Condition(), False
 
     @contextlib.contextmanager
-    def one(self) -> Iterator[None]:
-        """Raises Ending after end() was called."""
+    def one(self, hurry: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Raises Ending after refuse() was called, which calls hurry() of those that are under way."""
         with self._changed:
-            if self._ended:
+            if self.ended:
                 raise Ending
-            self._count += 1
+            self._under_way.append(hurry)
         try:
             yield
         finally:
             with self._changed:
-                self._count -= 1
+                self._under_way.remove(hurry)
                 self._changed.notify_all()
 
     def refuse(self) -> None:
         """Let no new change begin."""
         with self._changed:
-            self._ended = True
+            self.ended = True
+            for hurry in self._under_way:
+                hurry()
 
     def wait(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: not self._count, timeout=CHANGES_END_S)
+            self._changed.wait_for(lambda: not self._under_way, timeout=CHANGES_END_S)
 
 
 class Functions:
@@ -244,19 +248,21 @@ class Functions:
         reference: str | None = None,
         source: str | None = None,
         is_wanted: Callable[[], bool] = lambda: True,
+        stop_reading: Callable[[], None] = lambda: None,
     ) -> dict:
         """Deploy the archive that read(n) gives as `name`: `length` bytes, or all bytes when that is None.
 
         `reference` says which of several images, `source` what the archive was made from. The former revision serves
         until the new one is ready. When is_wanted() says that nobody waits for the answer any more, all is undone.
+        stop_reading() is called when faasd ends. read() must end then, also one that is under way.
         """
         registry.check_name(name, registry.RESERVED)
         if length is not None and length > self._max_upload:
             raise TooLarge(f'{length} bytes are', self._max_upload)
-        with self.changes.one(), contextlib.ExitStack() as undo:
+        with self.changes.one(stop_reading), contextlib.ExitStack() as undo:
             undo.push(lambda error, *_: self._revisions.collect_layers() if error else None)
             staging = undo.enter_context(self._revisions.staging(reference))
-            staging.receive(read if length is not None else self._bounded(read), length)
+            self._receive(staging, read if length is not None else self._bounded(read), length, is_wanted)
             steps = undo.enter_context(contextlib.ExitStack())
             steps.callback(attempt, self._emit, self._addresses.sync)
             function, number = self._registry.begin_revision(name, source)
@@ -284,6 +290,18 @@ class Functions:
             'warning': self._publish(function) or instance.warning,
             'hint': instance.hint,
         }
+
+    def _receive(
+        self, staging: Staging, read: Callable[[int], bytes], length: int | None, is_wanted: Callable[[], bool]
+    ) -> None:
+        """Have an upload unpacked. Raises Ending soon when faasd ends, and what Staging.receive does."""
+        try:
+            staging.receive(read, length, lambda: is_wanted() and not self.changes.ended)
+        except (FaasError, OSError, EOFError) as error:
+            if self.changes.ended:
+                staging.removal_s = ENDING_REMOVAL_S
+                raise Ending from error
+            raise
 
     def _bounded(self, read: Callable[[int], bytes]) -> Callable[[int], bytes]:
         """A read() for an archive of which nobody has said how long it is."""

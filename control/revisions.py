@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import registry
 from control.events import Emit, attempt
 from handlers.containers.logs import Log
-from handlers.images.layers import Layers
+from handlers.images.layers import Layers, remove_tree
 from handlers.images.spec import read_spec, tree
 from handlers.images.staging import Staging
 from handlers.serving.instance import Revision
@@ -51,7 +51,7 @@ class Revisions:
         live = {str(function.id): str(function.revision) for function in functions}
         for folder in top.iterdir():
             if folder.name not in live:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_tree(str(folder))
                 continue
             for revision in folder.iterdir():
                 if revision.is_dir() and revision.name != live[folder.name]:

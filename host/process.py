@@ -12,13 +12,15 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import IO
 
 from host.errors import FaasError
 
 PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 PIDFD_GETFD = 438
+WANTED_LOOK_S = 0.2  # how often run_while() asks
+END_S = 1  # how long a program has to end after SIGTERM
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -76,6 +78,32 @@ def popen(argv: Sequence[str], **options: object) -> subprocess.Popen:
             return subprocess.Popen(argv, **options)
     except FileNotFoundError as error:
         raise CommandError(argv, 'not installed (make deps installs it)') from error
+
+
+def run_while(
+    is_wanted: Callable[[], bool], argv: Sequence[str], *, stdin: int | IO, timeout_s: float
+) -> subprocess.CompletedProcess[str]:
+    """Run argv to its end, as run() does, with any exit code. It is ended when it is not wanted any more.
+
+    The program must end its own children at SIGTERM. Raises CommandError when it was ended; OSError.
+    """
+    deadline = time.monotonic() + timeout_s
+    streams = {'stdin': stdin, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
+    child = subprocess.Popen(argv, text=True, errors='replace', process_group=0, **streams)
+    with child.stdout, child.stderr:
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    out, complaints = child.communicate(timeout=WANTED_LOOK_S)
+                    return subprocess.CompletedProcess(argv, child.returncode, out, complaints)
+                if not is_wanted():
+                    raise CommandError(argv, 'nobody wants it any more')
+                if time.monotonic() > deadline:
+                    raise CommandError(argv, f'no end after {timeout_s} s')
+        except BaseException:
+            finish(child, END_S)
+            reap_group(child.pid)  # what it could not end is ours
+            raise
 
 
 def start(argv: Sequence[str], *, output: bool = False, **environ: str) -> subprocess.Popen[bytes]:

@@ -1,21 +1,23 @@
 """Archives that attack: they claim a layer of another, cost more than their size says, or go on without an uploader."""
 
+import contextlib
 import gzip
 import io
 import json
 import os
 import pathlib
 import shutil
-import subprocess
+import signal
 import tarfile
 import tempfile
+import threading
 import time
 import unittest
 import unittest.mock
 
 from handlers.images import archive, folder, streams, tar
 from handlers.images.streams import ImageError
-from tests import images, inside, staged
+from tests import images, inside, lab, serving, staged
 from tests.staged import BASE, HANDLER, RUN, StagedImages, written
 
 SECRET = images.layer(('secret', b'of another function', {'mode': 0o600}))
@@ -261,6 +263,141 @@ class CostOfTrees(StagedImages):
         self.soon(12, lambda: tree.append(self.stage(staged.archive(*files)) / 'tree'))
         self.assertTrue((tree[0] / 'handler.py').exists())
         self.assertEqual('handler', self.spec.kind)
+
+
+def slow(seconds=60):
+    """A small archive of an image. It takes about so long to unpack here, and little of the disk."""
+    frame = images.packed(bytes(64 << 20), 'zstd')
+    layer = images.Layer(BASE, 'zstd')
+    layer.data += frame * (seconds * 8)  # after the end of the tar: it is only hashed
+    layer.digest, layer.size = images.sha256(layer.data), len(layer.data)
+    return images.image([layer], RUN, form='oci')
+
+
+def unpackers(pid):
+    """The processes that unpack for the faasd `pid`, and all that they have started."""
+    found, parents = [], {}
+    for status in pathlib.Path('/proc').glob('[0-9]*/stat'):
+        with contextlib.suppress(OSError):
+            own, _, rest = status.read_text().rpartition(')')
+            parents[int(own.split()[0])] = int(rest.split()[1]), own.partition('(')[2]
+    below = {pid}
+    while more := {child for child, (parent, _) in parents.items() if parent in below} - below:
+        below |= more
+    for child in below - {pid}:
+        with contextlib.suppress(OSError):
+            if 'unpack.py' in pathlib.Path(f'/proc/{child}/cmdline').read_text() or parents[child][1] == 'zstd':
+                found.append(child)
+    return found
+
+
+class Ends(StagedImages):
+    """Unpacking ends when nobody wants it, and leaves nothing."""
+
+    @inside.inside
+    def test_unpacking_that_nobody_wants(self):
+        self.disk()
+        wanted, data = [True], slow()
+        with self.assertRaises(ConnectionAbortedError), self.staging() as staging:
+            timer = threading.Thread(target=self.when_unpacking, args=(lambda: wanted.clear(),))
+            timer.start()
+            staging.receive(io.BytesIO(data).read, None, lambda: bool(wanted))
+        timer.join()
+        self.assertEqual([], unpackers(os.getpid()))
+        self.assertEqual(([], []), (os.listdir(self.functions), os.listdir(self.layers.folder)))
+        self.assertEqual([], [each for each in children(os.getpid()) if each != timer], 'a process is not reaped')
+
+    def when_unpacking(self, act):
+        lab.wait_until(lambda: len(unpackers(os.getpid())) >= 4, 20, 'zstd')
+        act()
+
+
+def children(pid):
+    return pathlib.Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
+
+
+@lab.needs_root
+class EndsOfFaasd(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        host = cls.enterClassContext(lab.Host('server'))
+        cls.server = cls.enterClassContext(serving.standalone(host, FAAS_MAX_UNPACKED='200G'))
+        cls.data = slow()
+
+    def setUp(self):
+        self.assertEqual([], unpackers(self.server.process.pid))
+
+    def begin(self):
+        self.server.lines.clear()
+        self.server.start()
+
+    def state(self):
+        """What is below functions/ and layers/."""
+        return [os.listdir(self.server.host.path(f'/var/lib/faasd/{name}')) for name in ('functions', 'layers')]
+
+    def upload(self, data, length=None):
+        """A connection on which a deploy has been sent."""
+        connection = serving.UnixConnection(str(self.server.host.path('/run/faasd/faasd.sock')))
+        self.addCleanup(connection.close)
+        connection.putrequest('POST', '/api/new?name=slow')
+        connection.putheader('Content-Length', str(length or len(data)))
+        connection.endheaders(data)
+        return connection
+
+    def unpacking(self):
+        connection = self.upload(self.data)
+        lab.wait_until(lambda: len(unpackers(self.server.process.pid)) >= 4, 20, 'unpacking')
+        return connection
+
+    def assert_ended(self, pids, within_s):
+        lab.wait_until(lambda: not any(os.path.exists(f'/proc/{pid}') for pid in pids), within_s, 'the end')
+
+    def test_1_it_ends_when_the_uploader_is_gone(self):
+        connection = self.unpacking()
+        pids = unpackers(self.server.process.pid)
+        connection.close()
+        self.assert_ended(pids, 5)
+        lab.wait_until(lambda: self.state() == [[], ['id_base']], 5, 'the folder to be removed')
+        self.assertEqual([], self.server.api('GET', '/api/list').json)
+
+    def test_2_it_ends_soon_when_faasd_ends(self):
+        for how in ('unpacking', 'uploading', 'both'):
+            with self.subTest(how):
+                pids, connections = [], []
+                if how != 'unpacking':
+                    connections.append(self.upload(b'half', 1000))
+                if how != 'uploading':
+                    connections.append(self.unpacking())
+                    pids = unpackers(self.server.process.pid)
+                lab.wait_until(lambda: self.state()[0], 5, 'the upload')
+                before = time.monotonic()
+                self.server.stop()
+                self.assertLess(time.monotonic() - before, 5 + 2)  # CoreDNS and WireGuard end after it
+                self.assert_ended(pids, 0)
+                self.assertEqual([[], ['id_base']], self.state())
+                for connection in connections:
+                    self.assertEqual(503, connection.getresponse().status)
+                self.begin()
+                self.assertEqual([], self.server.api('GET', '/api/list').json)
+
+    def test_3_a_killed_faasd_leaves_no_unpacker_and_no_folder(self):
+        self.unpacking()
+        pids = unpackers(self.server.process.pid)
+        self.server.stop(signal.SIGKILL)
+        self.assert_ended(pids, 2)
+        deep = self.server.host.path('/var/lib/faasd/functions/.incoming-deep')  # deeper than Python can recurse
+        os.makedirs(deep)
+        here = os.open('.', os.O_RDONLY)
+        try:
+            os.chdir(deep)
+            for _ in range(2000):
+                os.mkdir('x')
+                os.chdir('x')
+        finally:
+            os.fchdir(here)
+            os.close(here)
+        self.begin()
+        self.assertEqual([[], ['id_base']], self.state())
 
 
 if __name__ == '__main__':

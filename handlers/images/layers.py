@@ -15,10 +15,10 @@ from host import files, process
 from host.errors import FaasError
 
 
-def remove_tree(path: str) -> None:
-    """Remove a folder that strangers filled, if it exists. Renames may make it deeper than Python can recurse."""
+def remove_tree(path: str, timeout_s: float = 300) -> None:
+    """Remove a folder that strangers filled, if it exists. It may be deeper than Python can recurse."""
     with contextlib.suppress(process.CommandError):
-        process.run(['rm', '-rf', '--', path], timeout_s=300)
+        process.run(['rm', '-rf', '--', path], timeout_s=timeout_s)
 
 
 MOST_BLOBS = 8  # of a layer

@@ -68,6 +68,7 @@ class Staging:
     ) -> None:
         self._functions = functions
         self._layers, self._pinned, self._new, self.spec = layers, set(), [], None
+        self.removal_s = 300  # how long the removal may take; the next start of faasd removes what is left
         self._blobs = []  # (digest of the layer, digest of a blob that holds it)
         self._order = {'id_base': id_base, 'most_bytes': most_bytes, 'reference': reference}
         with disk.refusals(functions), contextlib.ExitStack() as undo:
@@ -82,14 +83,17 @@ class Staging:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, frames: TracebackType | None) -> None:
-        remove_tree(self._folder)
+        remove_tree(self._folder, self.removal_s)
         self._layers.unpin(self._pinned)
         self._pinned = set()
 
-    def receive(self, read: Callable[[int], bytes], length: int | None) -> Spec:
+    def receive(
+        self, read: Callable[[int], bytes], length: int | None, is_wanted: Callable[[], bool] = lambda: True
+    ) -> Spec:
         """Store and unpack an archive of `length` bytes from read(n). None: read until the end.
 
-        Returns the Spec. Raises ImageError; DiskRefuses; EOFError if the archive is cut; what read() raises.
+        Unpacking ends when is_wanted() says no. Returns the Spec. Raises ImageError; DiskRefuses; EOFError if the
+        archive is cut; ConnectionAbortedError if it is not wanted any more; what read() raises.
         """
         with disk.refusals(self._functions), tempfile.TemporaryFile(dir=self._folder, buffering=0) as spool:
             with contextlib.closing(Writer(spool)) as writer:
@@ -103,7 +107,7 @@ class Staging:
                     writer.write(chunk)
             spool.seek(0)
             self._pinned = self._layers.pin_present()
-            answer = self._unpack(spool)
+            answer = self._unpack(spool, is_wanted)
         try:
             self.spec = Spec.checked(answer['spec'])
             self._new = answer['layers']
@@ -132,17 +136,18 @@ class Staging:
             process.run(['chown', '-hR', '0:0', os.path.join(self._work, 'tree')], timeout_s=300)
         return self.spec
 
-    def _unpack(self, spool: BinaryIO) -> dict:
-        """The answer of the unprivileged process. Raises ImageError, DiskFull."""
+    def _unpack(self, spool: BinaryIO, is_wanted: Callable[[], bool]) -> dict:
+        """The answer of the unprivileged process. Raises ImageError, DiskFull, ConnectionAbortedError."""
         order = os.path.join(self._folder, 'order.json')
         with open(order, 'w') as file:
             stored = {digits: self._layers.blobs(digits) for digits in self._pinned}
-            json.dump({**self._order, 'folder': self._work, 'stored': stored}, file)
+            json.dump({**self._order, 'folder': self._work, 'stored': stored, 'parent': os.getpid()}, file)
         try:
-            done = process.run(
-                ['/usr/bin/python3', '-I', '-S', WORKER, order], stdin=spool, ok=range(256), timeout_s=UNPACK_TIMEOUT_S
-            )
+            argv = ['/usr/bin/python3', '-I', '-S', WORKER, order]
+            done = process.run_while(is_wanted, argv, stdin=spool, timeout_s=UNPACK_TIMEOUT_S)
         except process.CommandError as error:
+            if not is_wanted():
+                raise ConnectionAbortedError from error
             raise ImageError(f'the archive cannot be unpacked: {error.reason}') from error
         if done.returncode == errno.ENOSPC:
             raise disk.refusal(errno.ENOSPC, self._functions)

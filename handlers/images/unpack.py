@@ -218,6 +218,10 @@ def confine(order: dict, tell: int, heard: int) -> streams.StartZstd:
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
     call(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))  # after it: a change of ids clears it
+    parent = select.poll()
+    parent.register(heard, 0)
+    if parent.poll(0):  # it has ended before that
+        os._exit(1)
     call(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))  # it compiles the Python files of strangers
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -256,27 +260,33 @@ def run(order: dict, work: Callable[[streams.StartZstd], object]) -> object:
             return work(confine(order, heard[1], told[0]))
 
         answer_and_exit(job, writer)
-    for fd in (heard[1], told[0], writer):
-        os.close(fd)
-    if os.read(heard[0], 1):
-        for name in ('uid_map', 'gid_map'):
-            with open(f'/proc/{child}/{name}', 'w') as file:
-                file.write(f'0 {order["id_base"]} {MOST_ID + 1}\n')
-        os.write(told[1], b'x')
-    said = b''
-    while len(said) < MOST_ANSWER and (chunk := os.read(reader, 65536)):
-        said += chunk
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)  # the child is PID 1 of the others
+    try:
+        for fd in (heard[1], told[0], writer):
+            os.close(fd)
+        if os.read(heard[0], 1):
+            for name in ('uid_map', 'gid_map'):
+                with open(f'/proc/{child}/{name}', 'w') as file:
+                    file.write(f'0 {order["id_base"]} {MOST_ID + 1}\n')
+            os.write(told[1], b'x')
+        said = b''
+        while len(said) < MOST_ANSWER and (chunk := os.read(reader, 65536)):
+            said += chunk
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)  # the child is PID 1 of the others
     if len(said) >= MOST_ANSWER:
         raise ImageError("the image's command and settings are too long")
     return value_of(said)
 
 
 def main(path: str) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         with open(path) as file:
             order = json.load(file)
+        call(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))  # nobody waits for the rest if faasd is killed
+        if os.getppid() != order['parent']:
+            return 1
         answer = run(order, lambda start_zstd: do_archive(order, 0, start_zstd))
     except (ImageError, OSError) as error:
         answer = said_of(error)
