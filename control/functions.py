@@ -25,7 +25,7 @@ from host.errors import EXPECTED, FaasError
 
 NETWORK = 'fd00:faa5:1::/48'
 FAILED_DEPLOY_STOP_S = 5  # how long what was opened for a deploy may take to end
-ENDING_REMOVAL_S = 2  # how long the end of faasd waits for the removal of what was unpacked; the next start does the rest
+ENDING_REMOVAL_S = 2  # how long the end of faasd removes what was unpacked; the next start does the rest
 CHANGES_END_S = 60  # how long the end of faasd waits for deploys and removals
 CLOSE_EXTRA_S = 30  # beyond FAAS_STOP_TIMEOUT, until what does not end is left
 

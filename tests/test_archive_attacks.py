@@ -299,7 +299,7 @@ class Ends(StagedImages):
         self.disk()
         wanted, data = [True], slow()
         with self.assertRaises(ConnectionAbortedError), self.staging() as staging:
-            timer = threading.Thread(target=self.when_unpacking, args=(lambda: wanted.clear(),))
+            timer = threading.Thread(target=self.when_unpacking, args=(wanted.clear,))
             timer.start()
             staging.receive(io.BytesIO(data).read, None, lambda: bool(wanted))
         timer.join()

@@ -76,8 +76,8 @@ class Root:
 
     def __init__(self, meter: Meter) -> None:
         self._meter, self.opaque, self._marks = meter, set(), 0
-        # path → (member, how many were removed before it): mode and time are set at the end, the mode may forbid to write
-        self._folders = {}
+        # Mode and time of folders are set at the end: the mode may forbid to write.
+        self._folders = {}  # path → (member, how many folders were removed before it)
         self._removed, self._removals = {}, 0  # path → its number among the folders that were removed, from 1
 
     def fill(self, reader: streams.Reader) -> None:
