@@ -74,6 +74,15 @@ class Staged(inside.InHost):
         self.assertEqual(self.spec, read_spec(f'{self.functions}/1/1'))
         return pathlib.Path(self.functions, '1', '1')
 
+    def worker_with(self, **constants):
+        """The path of an unpacker with other constants."""
+        path = pathlib.Path('/tmp/worker.py')
+        root = inside.lab.REPO
+        lines = [f'import sys; sys.path.insert(0, {str(root)!r})', 'from handlers.images import unpack']
+        lines += [f'unpack.{name} = {value!r}' for name, value in constants.items()]
+        path.write_text('\n'.join([*lines, 'sys.exit(unpack.main(sys.argv[1]))']))
+        return str(path)
+
     def refuse(self, data, pattern, error=ImageError, **more):
         with self.assertRaisesRegex(error, pattern) as caught:
             self.stage(data, **more)

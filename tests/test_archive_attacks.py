@@ -8,6 +8,7 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
 import tarfile
 import tempfile
 import threading
@@ -15,7 +16,7 @@ import time
 import unittest
 import unittest.mock
 
-from handlers.images import archive, folder, streams, tar
+from handlers.images import archive, folder, staging, streams, tar
 from handlers.images.streams import ImageError
 from tests import images, inside, lab, serving, staged
 from tests.staged import BASE, HANDLER, RUN, StagedImages, written
@@ -184,6 +185,22 @@ class Cost(unittest.TestCase):
             chunks = (packed[at : at + size] for at in range(0, len(packed), size))
             self.assertEqual(b''.join(parts), b''.join(streams.gunzip(chunks)))
 
+    def test_zstd_frames(self):
+        for empty in (images.packed(b'', 'zstd'), b'\x50\x2a\x4d\x18' + bytes(4)):
+            for count, pattern in ((1000, None), (1001, 'more than 1000 frames')):
+                data = empty * count
+                with unittest.mock.patch.object(streams, 'MOST_ZSTD_FRAMES', 1000):
+                    self.soon(lambda data=data: list(streams.unzstd([data], self.start_zstd)), pattern)
+
+    def start_zstd(self):
+        child = subprocess.Popen(['zstd', '-dcq'], -1, None, *(subprocess.PIPE,) * 3)
+        self.addCleanup(child.wait, 10)
+        fds = []
+        for pipe in (child.stdin, child.stdout, child.stderr):
+            fds.append(os.dup(pipe.fileno()))
+            pipe.close()
+        return fds
+
     def test_indexes_that_name_an_index_often(self):
         for width, leaf in ((20, b'{}'), (20, b' ' * 100_000 + b'{}'), (1000, b'{}')):
             files, inner = {'oci-layout': b'{}'}, leaf
@@ -246,11 +263,11 @@ class CostOfTrees(StagedImages):
     @inside.inside
     def test_opaque_folders(self):
         deep = '/'.join('x' * 120)
-        few = images.layer(*((f'{number}/.wh..wh..opq', b'') for number in range(1000)))
-        self.soon(5, self.image, few)
-        many = images.layer(*((f'{deep}/.wh..wh..opq', b'') for number in range(30_000)))
+        few = images.layer(*((f'{number}/.wh..wh..opq', b'') for number in range(300)))
+        self.soon(10, self.image, few)
+        many = images.layer(*((f'{deep}/.wh..wh..opq', b'') for number in range(12_000)))
         self.clean()
-        self.soon(15, self.refuse_image, 'more than 10000 opaque folders', many)
+        self.soon(20, self.refuse_image, 'more than 10000 opaque folders', many)
 
     @inside.inside
     def test_python_files_that_take_long_to_compile(self):
@@ -258,11 +275,75 @@ class CostOfTrees(StagedImages):
         depth = 16
         lines = [f'{" " * at}try: pass\n{" " * at}finally:\n' for at in range(depth)]
         slow = ''.join(lines) + f'{" " * depth}f(1, 2, 3)\n'
-        files = [HANDLER, ('before.py', 'x = 1\n'), *((f'slow{number}.py', slow) for number in range(60))]
+        files = [HANDLER, ('before.py', 'x = 1\n'), *((f'slow{number}.py', slow) for number in range(40))]
         tree = []
         self.soon(12, lambda: tree.append(self.stage(staged.archive(*files)) / 'tree'))
         self.assertTrue((tree[0] / 'handler.py').exists())
         self.assertEqual('handler', self.spec.kind)
+
+    @inside.inside
+    def test_whatever_takes_long_is_ended(self):
+        """The kernel follows these links through 22,000 folders for each file."""
+        chain = [('d/', None), *((f'l{at}', 'd/../' * 800 + (f'l{at - 1}' if at else 'd')) for at in range(12))]
+        slow = images.layer(*chain, *((f'l11/{number}', b'') for number in range(15_000)))
+        worker = self.worker_with(CPU_LEAST_S=2, CPU_BYTES_A_SECOND=1 << 40)
+        with unittest.mock.patch.object(staging, 'WORKER', worker):
+            self.soon(15, self.refuse_image, 'takes too long or too much memory', slow)
+        with unittest.mock.patch.object(staging, 'UNPACK_LEAST_S', 0.5):
+            self.soon(10, self.refuse_image, 'no end after 0.5 s', slow, outer='zstd')
+
+
+class Odd(StagedImages):
+    """What is strange is refused in one line, or does no harm."""
+
+    @inside.inside
+    def test_texts_and_depths(self):
+        hundred = 'x/' * 100
+        chain = [(f'{hundred}f', b'')]
+        for at in range(12):
+            chain += [(f'l{at}', f'/l{at - 1}/{hundred}' if at else hundred), (f'l{at}/{hundred}f', b'')]
+        for pattern, data in (
+            ('not valid Unicode', written({'manifest.json': b'[{"Config": "\\ud800.json"}]'})),
+            ('not valid Unicode', images.image([BASE], {**RUN, 'WorkingDir': '/\ud800'})),
+            ("the spec's env is not valid", images.image([BASE], {**RUN, 'Env': ['A=\ud800']})),
+            ('settings are too long', images.image([BASE], {**RUN, 'Env': ['A=' + 'x' * (2 << 20)]})),
+            ('nested too deeply', images.image([images.layer(*chain, ('x', b''))], RUN)),
+            (r"'a\\nb\\x1b\[31m' is a device", self.of(('a\nb\x1b[31m', b'', {'type': tarfile.CHRTYPE}))),
+            ('which is not in its layer', self.of(('l', '/../..'), ('h', images.Hard('l/etc/passwd')))),
+            ('not permitted', self.of(('d/', None), ('h', images.Hard('d')))),
+            ('is a file, which an image cannot hold', self.of(('.', b''))),
+            ('is a symlink, which an image cannot hold', self.of(('./', '/etc'))),
+            ('Not a directory', self.of(('f', b'', {'type': tarfile.FIFOTYPE}), ('f/x', b''))),
+        ):
+            with self.subTest(pattern):
+                self.refuse(data, pattern)
+
+    def of(self, *members):
+        return images.image([images.layer(*members)], RUN)
+
+    @inside.inside
+    def test_opaque_folders_that_are_gone(self):
+        (layer,) = self.image(
+            images.layer(
+                ('gone/.wh..wh..opq', b''),
+                ('gone', '/etc'),
+                ('a/b/.wh..wh..opq', b''),
+                ('a', b''),
+                ('up', '/'),
+                ('up/.wh..wh..opq', b''),
+            )
+        )
+        self.assertEqual(['trusted.overlay.opaque'], os.listxattr(layer))
+        self.assertEqual([], os.listxattr(layer / 'a'))
+
+    @inside.inside
+    def test_a_layer_twice_in_two_blobs_keeps_what_it_hides(self):
+        content = images.layer(('d/.wh..wh..opq', b''))
+        data = images.image([images.Layer(content, pack) for pack in ('gzip', None, 'zstd')], RUN, form='oci')
+        self.stage(data)
+        layer = pathlib.Path(self.layers.path(images.sha256(content)))
+        self.assertEqual(['trusted.overlay.opaque'], os.listxattr(layer / 'd'))
+        self.assertEqual(2, len(self.layers.blobs(layer.name)))
 
 
 def slow(seconds=60):

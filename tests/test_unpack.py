@@ -259,15 +259,6 @@ class Unpacked(StagedImages):
                 *[images.layer(*((f'{n}{k}', b'') for n in range(200))) for k in 'ab'],
             )
 
-    def worker_with(self, **constants):
-        """The path of an unpacker with other constants."""
-        path = pathlib.Path('/tmp/worker.py')
-        root = inside.lab.REPO
-        lines = [f'import sys; sys.path.insert(0, {str(root)!r})', 'from handlers.images import unpack']
-        lines += [f'unpack.{name} = {value!r}' for name, value in constants.items()]
-        path.write_text('\n'.join([*lines, 'sys.exit(unpack.main(sys.argv[1]))']))
-        return str(path)
-
     @inside.inside
     def test_a_config_that_is_none_is_refused(self):
         for config, pattern in (

@@ -22,7 +22,7 @@ from handlers.images.streams import ImageError
 from host import disk, files, process
 
 CHUNK = 1 << 20
-UNPACK_TIMEOUT_S = 900
+UNPACK_LEAST_S, UNPACK_MOST_S, UNPACK_BYTES_A_SECOND = 30, 900, 100_000  # bytes as they were uploaded
 WORKER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'unpack.py')
 
 
@@ -144,7 +144,9 @@ class Staging:
             json.dump({**self._order, 'folder': self._work, 'stored': stored, 'parent': os.getpid()}, file)
         try:
             argv = ['/usr/bin/python3', '-I', '-S', WORKER, order]
-            done = process.run_while(is_wanted, argv, stdin=spool, timeout_s=UNPACK_TIMEOUT_S)
+            size = os.fstat(spool.fileno()).st_size
+            timeout_s = min(UNPACK_MOST_S, UNPACK_LEAST_S + size // UNPACK_BYTES_A_SECOND)
+            done = process.run_while(is_wanted, argv, stdin=spool, timeout_s=timeout_s)
         except process.CommandError as error:
             if not is_wanted():
                 raise ConnectionAbortedError from error

@@ -30,7 +30,8 @@ from handlers.images.unpack_layer import MOST_ID, Bounds, Meter, do_layer
 
 IMAGE_ENTRIES = 500_000
 MOST_ANSWER = 1 << 20
-CPU_S, MEMORY = 600, 1 << 30  # of each process
+CPU_LEAST_S, CPU_MOST_S, CPU_BYTES_A_SECOND = 10, 600, 100_000  # of each process; bytes as they were uploaded
+MEMORY = 1 << 30  # of each process
 AT_ONCE = os.cpu_count() or 1
 
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x8000000, 0x10000000, 0x20000000, 0x40000000
@@ -92,6 +93,10 @@ def said_of(error: BaseException) -> dict:
         return {'full': True}
     if isinstance(error, MemoryError):
         return {'error': 'the archive needs too much memory to unpack', 'hint': None}
+    if isinstance(error, RecursionError):
+        return {'error': 'the archive is nested too deeply', 'hint': None}
+    if isinstance(error, UnicodeError):
+        return {'error': 'a text in the archive is not valid Unicode', 'hint': 'save the image again'}
     if isinstance(error, OSError):
         return {'error': f'the archive cannot be unpacked: {error.strerror or error}', 'hint': None}
     return {
@@ -223,7 +228,8 @@ def confine(order: dict, tell: int, heard: int) -> streams.StartZstd:
     if parent.poll(0):  # it has ended before that
         os._exit(1)
     call(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))  # it compiles the Python files of strangers
+    cpu_s = min(CPU_MOST_S, CPU_LEAST_S + os.fstat(0).st_size // CPU_BYTES_A_SECOND)
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     start_zstd = zstd_starter()
