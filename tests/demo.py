@@ -37,9 +37,11 @@ On a real server (Debian 12, Ubuntu 24.04 or newer; UDP and TCP port 51820 reach
   sudo faas new fibonacci
   sudo faas vpn invite
 
-On your laptop, which needs wireguard-tools and the one file `faas`, paste the line that invite printed:
+On your laptop, which needs wireguard-tools and the one file `faas`, paste what invite printed:
 
-  ./faas vpn connect --invite faas1_…
+  ./faas vpn connect --invite - <<'EOF'
+  faas1_…
+  EOF
   curl {URL}
 '''
 
@@ -175,11 +177,11 @@ def story(stage):
         stage.chapter('Deploy a function, and invite a laptop.')
         stage.type(server, './faas new fibonacci', 'fd00:faa5:1:0::a', 'fibonacci.faas')
         invite = stage.type(server, './faas vpn invite')
-        pasted = re.search(r'./faas vpn connect.* --invite faas1_\S+', invite)
+        pasted = re.search(r"./faas vpn connect.* --invite - <<'EOF'\nfaas1_\S+\nEOF\n", f'{invite}\n')
         if not pasted:
-            raise StepFailed('`./faas vpn invite` printed no line to paste on the laptop')
+            raise StepFailed('`./faas vpn invite` printed nothing to paste on the laptop')
 
-        stage.chapter('The laptop joins with that line, and calls the function by its name, through the tunnel.')
+        stage.chapter('The laptop joins with that, and calls the function by its name, through the tunnel.')
         stage.type(laptop, f'curl {URL}', exit_code=6)
         stage.type(laptop, pasted[0], 'Connected!', 'fd00:faa5:0:100::a')
         stage.type(laptop, f'curl {URL}', ANSWER)

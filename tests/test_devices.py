@@ -32,7 +32,7 @@ class TestDevices(unittest.TestCase):
         return self.server.run(['/usr/bin/python3', FAAS, *words]).stdout
 
     def invite(self, *words):
-        return self.on_server('vpn', 'invite', *words).split()[-1]
+        return re.search(r'faas1_\S+', self.on_server('vpn', 'invite', *words))[0]
 
     def faas(self, *words, ok=(0,), **options):
         return self.laptop.run([sys.executable, FAAS, *words], ok=ok, **options)
@@ -254,7 +254,7 @@ Saved VPN Configurations:
         self.addCleanup(self.on_server, 'vpn', 'remove', 'phone')
         self.assertIn('\nDNS = fd00:faa5:0:100::1\n', joe('vpn', 'create', 'phone').stdout)
         self.assertIn('phone', joe('vpn', 'list', '--peers').stdout)
-        token = joe('vpn', 'invite').stdout.split()[-1]
+        token = re.search(r'faas1_\S+', joe('vpn', 'invite').stdout)[0]
         self.assertEqual(joe('vpn', 'connect', '--mtu', '1300').returncode, 0)
         joe('vpn', 'connect', 'second', '--switch', '--invite', token)
         self.assertEqual(joe('vpn', 'disconnect').stdout, 'Disconnecting FaaS VPN...\n\nDisconnected.\n')
@@ -298,7 +298,7 @@ Saved VPN Configurations:
                 (f'joe ALL=(ALL) NOPASSWD: {ip}, {shell}, /usr/bin/setsid', 'Added peer: server: failed: ')):
             joe, token = self.joe(sudoers), self.invite()
             before = self.state()
-            done = joe('vpn', 'connect', '--invite', token, ok=(1,))
+            done = joe('vpn', 'connect', '--invite', '-', ok=(1,), input=token)
             with self.subTest(sudoers, said=done.stderr):
                 self.assertRegex(done.stderr, r'\Aerror: .*\nhint: .*\n\Z')
                 self.assertIn(says, done.stderr)

@@ -116,7 +116,7 @@ class Case(unittest.TestCase):
         """The command fails with this code, one error line, and a hint."""
         got, out, err = self.faas(*words, **options)
         self.assertEqual(got, code, out + err)
-        self.assertRegex(err, r'\A(Deploying .*\n)?error: .')
+        self.assertRegex(err, r'\A(Deploying .*\n|warning: other users .*\n)?error: .')
         self.assertNotIn('Traceback', err)
         self.assertIn(says, err)
         self.assertIn(hints, err)
@@ -863,20 +863,20 @@ class TestApi(ApiCase):
         for endpoint in 'localhost', '127.0.0.1', '[::1]:51820', 'localhost:7':
             self.serve((200, {'token': token(e=endpoint), 'expires': '2026-11-23T21:00:00Z'}))
             code, out, err = self.faas('vpn', 'invite')
-            self.assertEqual((code, len(out.splitlines())), (0, 1))
+            self.assertEqual((code, len(out.splitlines())), (0, 3))
             self.assertIn('warning: no other machine can reach this server at ', err)
             self.assertIn('set FAAS_VPN_ENDPOINT', err)
         self.serve((200, {'token': token(), 'expires': '2026-11-23T21:00:00Z'}))
         self.assertNotIn('warning', self.faas('vpn', 'invite')[2])
 
-    def test_invite_prints_the_line_to_paste_alone(self):
+    def test_invite_prints_what_is_to_be_pasted_alone(self):
         server = self.serve((200, {'token': token(), 'name': None, 'expires': '2026-11-23T21:00:00Z'}))
         code, out, err = self.faas('vpn', 'invite', 'laptop', '--expires', '30m', '--admin')
-        self.assertEqual((code, out), (0, f'./faas vpn connect laptop --invite {token()}\n'))
+        self.assertEqual((code, out), (0, f"./faas vpn connect laptop --invite - <<'EOF'\n{token()}\nEOF\n"))
         self.assertIn('as an admin', err)
         self.assertIn('2026-11-23T21:00:00Z', err)
         self.assertEqual(json.loads(server.seen[0][3]), {'name': 'laptop', 'expires': 1800, 'admin': True})
-        self.assertEqual(self.faas('vpn', 'invite')[1], f'./faas vpn connect --invite {token()}\n')
+        self.assertEqual(self.faas('vpn', 'invite')[1], f"./faas vpn connect --invite - <<'EOF'\n{token()}\nEOF\n")
 
     def test_create_prints_a_configuration_alone(self):
         self.serve((200, {'ipv6': 'fd00:faa5:0:100::b', 'server_public_key': KEYS[2], 'endpoint': '2001:db8::1'}))
@@ -1101,12 +1101,13 @@ class TestConnectRefusals(Case):
         self.assertEqual([invite and invite.id for invite in invites], ['0123456789abcdef'] * 2 + [None])
         self.assertEqual(first.call_args[0][2:4] + first.call_args[0][5:], ('laptop', True, ('2001:db8::1', 7)))
         with mock.patch.object(faas, 'connect_first', return_value=0) as first:
-            for words in ([token()], ['laptop', token()], [token(), 'laptop'], ['--mtu', '1400', token()]):
+            for words in ([token()], ['laptop', token()], [token(), 'laptop'], ['--mtu', '1400', token()],
+                          ['--invite', token()], ['laptop', f'--invite={token()}']):
                 code, _, err = self.faas('vpn', 'connect', *words)
                 self.assertEqual((0, '0123456789abcdef'), (code, first.call_args[0][4].id))
                 self.assertEqual('laptop' if 'laptop' in words else 'default', first.call_args[0][2])
-                self.assertRegex(err, r'\Awarning: other users .* can see .*FAAS_INVITE.*--invite - .*\n\Z')
-            self.assertEqual('', self.faas('up', '--invite', token())[2])
+                self.assertRegex(err, r'\Awarning: other users .* can see .*--invite - .*FAAS_INVITE\n\Z')
+            self.assertEqual('', self.faas('up', '--invite', '-', stdin=token())[2])
         self.fails('vpn', 'connect', '--server', 'a b', code=2, says='is not HOST[:PORT]')
         self.fails('vpn', 'connect', '--server', 'h', '--invite', token(), code=2, says='exclude each other')
 
@@ -1883,8 +1884,8 @@ class TestUploadsThroughTheTunnel(unittest.TestCase):
     def setUpClass(cls):
         cls.host, cls.laptop = cls.enterClassContext(lab.pair())
         cls.server = cls.enterClassContext(serving.standalone(cls.host, FAAS_MAX_UPLOAD='8M'))
-        token = cls.host.run([FAAS, 'vpn', 'invite', 'laptop', '--admin']).stdout.strip()
-        cls.laptop.run([FAAS, 'vpn', 'connect', '--invite', token])
+        cls.laptop.run(['sh'], input=cls.host.run([FAAS, 'vpn', 'invite', 'laptop', '--admin']).stdout
+                       .replace('./faas', str(FAAS)))
         cls.addClassCleanup(cls.laptop.run, [FAAS, 'vpn', 'disconnect'], ok=None)
         cls.laptop.path('/root/function.tar').write_bytes(
             serving.archive({'handler.py': serving.HELLO % serving.answer('by tunnel'), 'x': 'x' * (6 << 20)}))
