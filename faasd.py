@@ -25,7 +25,7 @@ import vpn_manager
 from control.access import Caller
 from control.api import ControlAPI
 from control.enroll import EnrollPort, bound
-from control.events import Events, attempt
+from control.events import Events, Refusals, attempt
 from control.functions import Functions
 from control.health import Health, Problems
 from control.monitor import CLOSELY_S, Check, Monitor
@@ -93,7 +93,7 @@ class Daemon:
     def __init__(self, settings: dict[str, Any], standalone: bool, events: Events) -> None:
         self._settings, self._standalone, self._events = settings, standalone, events
         self._emit, self._undo = events.emit, contextlib.ExitStack()
-        self._problems = Problems(self._emit)
+        self._problems, self.refusals = Problems(self._emit), Refusals(self._emit)
         self._handover, self._forwarders = False, []
         self._storage = Storage(STATE, RUN, self._emit)
         self._threads = [events.thread]  # that must live while faasd does
@@ -281,7 +281,8 @@ class Daemon:
 
     def _start_api(self) -> None:
         health = Health(self._problems, self._events, self.functions.list, self.guard.kind)
-        verbs = Verbs(self.functions, self.peers, health)
+        verbs = Verbs(self.functions, self.peers, health, self.refusals)
+        self._undo.callback(self.refusals.tell)
         sock = unix_socket(f'{RUN}/faasd.sock')
         self._undo.callback(files.remove_file, f'{RUN}/faasd.sock')
         for name, socket_, caller, limits in (
@@ -350,6 +351,7 @@ class Daemon:
             Check('zone file', self.zone.heal, CLOSELY_S),
             Check('corefile', lambda: self.dns.write_corefile(self._forwarders), CLOSELY_S),
             Check('removals', self.peers.write_removals, CLOSELY_S),
+            Check('refusals', self.refusals.tell, Refusals.PERIOD_S),
         ]
         self.monitor = Monitor(checks, self._problems.report)
         self.monitor.start()

@@ -100,7 +100,7 @@ class NameTaken(RegistryError):
 
 
 class KeyTaken(RegistryError):
-    """Another peer has the public key."""
+    """Another peer has the public key, or the preshared key."""
 
     status = 409
     hint = 'make a new key pair: each peer needs its own'
@@ -434,6 +434,8 @@ class Registry(Database):
                 )
             if db.execute('SELECT 1 FROM peers WHERE public_key = ?', (public_key,)).fetchone():
                 raise KeyTaken('another peer has this public key')
+            if db.execute('SELECT 1 FROM peers WHERE preshared_key = ?', (preshared_key,)).fetchone():
+                raise KeyTaken('another peer has this preshared key')
             if ipv6 is None:
                 ipv6 = self.allocate_ipv6(PEERS)
             else:

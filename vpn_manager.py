@@ -191,6 +191,7 @@ class VPNManager(Interface):
         self._keys, self._files, self._emit = ServerKeys(directory), ProjectedFolder(self.peers_dir), emit
         self._complained: dict[str, str] = {}  # peer file → what was said of it, so that it is said once
         self._locked_out: set[str] = set()  # public keys
+        self._own_key: str | None = None  # as the last project() found it
         self._lock = threading.Lock()  # of _locked_out
 
     # Keys and files
@@ -213,6 +214,12 @@ class VPNManager(Interface):
 
     def get_server_public_key(self) -> str:
         return self._keys.public()
+
+    def check_peer_key(self, text: str) -> str:
+        """Return `text` if a peer can have it as its public key. Raises BadKey, OSError."""
+        if self._keys.is_public(check_key(text)):
+            raise BadKey("this is the server's own public key", 'each peer makes a key pair of its own')
+        return text
 
     def create_client_config(self, ipv6: str) -> dict[str, str]:
         """What a new peer must know, in the document's fields.
@@ -250,12 +257,15 @@ class VPNManager(Interface):
         """
         with self._lock:
             self._locked_out &= {peer.public_key for peer in peers}
+        self._own_key = self._keys.public()
         self._reload_wireguard(peers)
         self._files.make()
-        live = {peer.name: peer for peer in self._not_locked_out(peers)}
+        live = {peer.name: peer for peer in self._admitted(peers)}
         failed = self._each(self.remove_peer, {*removed, *(peer.name for peer in peers)} - live.keys())
         names = self._files.differing({name: self._render(peer) for name, peer in live.items()})
         failed = self._each(self.add_peer, [live[name] for name in names]) or failed
+        for name in (peer.name for peer in peers if peer.public_key == self._own_key):
+            self.complain(name, "it has the server's own public key")
         if failed:
             raise failed
 
@@ -270,20 +280,21 @@ class VPNManager(Interface):
                 failed = error
         return failed
 
-    def _not_locked_out(self, peers: Iterable[Peer]) -> list[Peer]:
-        locked_out = self.locked_out()
-        return [peer for peer in peers if peer.public_key not in locked_out]
+    def _admitted(self, peers: Iterable[Peer]) -> list[Peer]:
+        """Those that are not locked out. WireGuard passes over a peer with its own key: the server has got new keys."""
+        barred = {*self.locked_out(), self._own_key}
+        return [peer for peer in peers if peer.public_key not in barred]
 
     def files_changed(self, peers: Iterable[Peer]) -> bool:
         """True if peers/ is to be projected: a peer's file is missing or differs, or somebody put another one there.
 
         Cheap enough for every few seconds. Raises OSError when it cannot be told.
         """
-        return self._files.changed({peer.name: self._render(peer) for peer in self._not_locked_out(peers)})
+        return self._files.changed({peer.name: self._render(peer) for peer in self._admitted(peers)})
 
     def holds(self, peers: Iterable[Peer]) -> bool:
-        """True if wg0 has just these peers, less those that are locked out. Raises CommandError, OSError."""
-        return self.public_keys() == {peer.public_key for peer in self._not_locked_out(peers)}
+        """True if wg0 has just these peers, less those that are not admitted. Raises CommandError, OSError."""
+        return self.public_keys() == {peer.public_key for peer in self._admitted(peers)}
 
     def peer_files(self) -> dict[str, str]:
         """{name: text} of peers/*.conf. Raises OSError when they cannot be read."""
@@ -313,7 +324,7 @@ class VPNManager(Interface):
     def _reload_wireguard(self, peers: Iterable[Peer]) -> None:
         """Apply interface and peers as one complete file: `wg syncconf` takes away what it does not name."""
         text = f'[Interface]\nListenPort = {self.port}\nPrivateKey = {self._keys.private()}\n\n'
-        text += '\n'.join(self._render(peer) for peer in self._not_locked_out(peers))
+        text += '\n'.join(self._render(peer) for peer in self._admitted(peers))
         with private_file(text) as path:
             process.run(['wg', 'syncconf', self.interface, path])
 

@@ -8,6 +8,13 @@ class Caller(NamedTuple):
 
     role: str
     name: str | None = None
+    uid: int | None = None  # of the process at the unix socket
+
+    def __str__(self) -> str:
+        """For the log: 'peer laptop', 'local (uid 0)', 'newcomer', 'stranger'."""
+        if self.role == 'local':
+            return f'local (uid {self.uid})'
+        return f'peer {self.name}' if self.name else self.role
 
 
 def may(caller: Caller, verb: str, name: str | None = None) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import http
 import http.server
 import json
 import re
@@ -19,6 +20,7 @@ from control.access import Caller, may
 from control.body import Body, RequestError, json_object
 from handlers.serving.instance import StartFailed
 from host.errors import FaasError
+from registry import BadInvite
 
 UPLOAD_PAUSE_S = 300  # how long an upload may stand still: the program that makes the archive may be slow
 ACKNOWLEDGED_S = 2  # how long an answer may take to arrive before what it announces is done
@@ -68,7 +70,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         pass  # what happens is an event; a request as such is not one
 
     def do_GET(self) -> None:
-        self._body = Body(self.rfile)
+        self._body, self._caller = Body(self.rfile), None
         try:
             self._answer_request()
         except (ConnectionError, TimeoutError):
@@ -93,7 +95,10 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
             path, name = f'{path}/*', urllib.parse.unquote(name)
         verb = self.ROUTES.get((self.command, path))
         self._body.measure(self.headers, self.command, takes_chunks=verb == 'new')
-        caller = self.server.caller(self.client_address)
+        caller = self._caller = self.server.caller(self.client_address)
+        if caller.role == 'local':
+            credentials = self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize('3i'))
+            caller = self._caller = caller._replace(uid=struct.unpack('3i', credentials)[1])
         self._refuse_browsers(caller)
         if caller.role == 'newcomer' and verb != 'vpn_create':
             raise RequestError(404, 'only invites are redeemed here')
@@ -118,6 +123,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
             traceback.print_exception(error)
         text = str(error) if status != 500 else 'this is a fault of faasd; its log has more'
         first_line = text.splitlines()[0][:500] if text else type(error).__name__
+        self._count_refusal(status, error)
         answer = {'error': first_line, 'hint': getattr(error, 'hint', None)}
         if isinstance(error, StartFailed):
             answer |= {
@@ -130,10 +136,16 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What http.server itself refuses, in the same form."""
-        self._body = Body(self.rfile)  # there may be none yet
+        self._body, self._caller = Body(self.rfile), None  # there may be none yet
         self.close_connection = True
         code = 405 if code == 501 else code  # of a method that http.server finds no do_… for
+        self._count_refusal(code)
         self._answer(json.dumps({'error': message or self.responses[code][0], 'hint': None}).encode(), code)
+
+    def _count_refusal(self, status: int, error: Exception | None = None) -> None:
+        if 400 <= status < 500:
+            what = 'a bad invite' if isinstance(error, BadInvite) else http.HTTPStatus(status).phrase
+            self.server.verbs.refusals.add(str(self._caller or 'unread'), what, self.client_address)
 
     def _answer(
         self,
@@ -171,6 +183,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
             reference=self._query.get('image'),
             source=source,
             is_wanted=self._client_is_there,
+            by=str(caller),
         )
         self._body.finished()
         self._json(answer)
@@ -202,7 +215,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         self._answer(text, content_type='text/plain; charset=utf-8')
 
     def _remove(self, caller: Caller, name: str) -> None:
-        self.server.verbs.functions.remove(name)
+        self.server.verbs.functions.remove(name, str(caller))
         self._answer(b'')
 
     def _vpn_create(self, caller: Caller, _: None) -> None:
@@ -210,7 +223,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         invite_id = self.headers.get('Faas-Invite')
         if caller.role == 'newcomer' and (invite_id or not peers.enrolls_openly):
             return self._redeem(body, invite_id or '')
-        config, name = peers.create(*peer_fields(body))
+        config, name = peers.create(*peer_fields(body), str(caller))
         self._json(config, headers=(('Faas-Peer', name),))
 
     def _redeem(self, body: bytes, invite_id: str) -> None:
@@ -222,7 +235,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         self._answer(answer, headers=(('Faas-Peer', name), ('Faas-Proof', proof)))
 
     def _vpn_remove(self, caller: Caller, name: str) -> None:
-        result = self.server.verbs.peers.remove(name, caller.name)
+        result = self.server.verbs.peers.remove(name, str(caller), caller.name)
         try:
             self._answer(b'')
             if result:
@@ -250,7 +263,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
             raise RequestError(400, "'expires' is not a number of seconds from 60 to 2592000")
         if type(admin) is not bool or not isinstance(name, (str, type(None))):
             raise RequestError(400, "'name' is a text or null, 'admin' true or false")
-        self._json(self.server.verbs.peers.invite(name, expires, admin))
+        self._json(self.server.verbs.peers.invite(name, expires, admin, str(caller)))
 
 
 def peer_fields(body: bytes) -> tuple[str, str]:

@@ -59,6 +59,35 @@ class Events:
         ]
 
 
+class Refusals:
+    """Counts what is refused. Whoever asks too much gets one line a minute, however often he asks."""
+
+    PERIOD_S = 60
+    KINDS_MAX = 8  # that a line names
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit, self._lock = emit, threading.Lock()
+        self._counts, self._last = collections.Counter(), None
+
+    def add(self, who: str, what: str, client_address: tuple) -> None:
+        """`who` and `what` are of a few kinds: they hold nothing that a stranger chose."""
+        with self._lock:
+            self._counts[who, what] += 1
+            self._last = client_address[0] if client_address else self._last
+
+    def tell(self) -> None:
+        """Tell what was refused since the last time, if anything was."""
+        with self._lock:
+            counts, self._counts = self._counts, collections.Counter()
+            last, self._last = self._last, None
+        if not counts:
+            return
+        kinds = [f'{who}: {what} × {count}' for (who, what), count in counts.most_common(self.KINDS_MAX)]
+        kinds += [f'{len(counts) - self.KINDS_MAX} other kinds'] * (len(counts) > self.KINDS_MAX)
+        kinds += [f'the last from {last}'] * bool(last)
+        self._emit('api', f'Refused {counts.total()} requests: {"; ".join(kinds)}')
+
+
 def timestamp(seconds: float) -> str:
     """RFC 3339, UTC, whole seconds."""
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime('%Y-%m-%dT%H:%M:%SZ')

@@ -244,11 +244,13 @@ class Functions:
         reference: str | None = None,
         source: str | None = None,
         is_wanted: Callable[[], bool] = lambda: True,
+        by: str,
     ) -> dict:
         """Deploy the archive that read(n) gives as `name`: `length` bytes, or all bytes when that is None.
 
-        `reference` says which of several images, `source` what the archive was made from. The former revision serves
-        until the new one is ready. When is_wanted() says that nobody waits for the answer any more, all is undone.
+        `reference` says which of several images, `source` what the archive was made from, `by` who asks. The former
+        revision serves until the new one is ready. When is_wanted() says that nobody waits for the answer any more, all
+        is undone.
         """
         registry.check_name(name, registry.RESERVED)
         if length is not None and length > self._max_upload:
@@ -274,7 +276,7 @@ class Functions:
             self._registry.commit_revision(function, number)
             steps.pop_all()
         pool.cut_over(instance)
-        text = f'Deployed {name} at {function.ipv6}, revision {number} ({instance.description})'
+        text = f'Deployed {name} at {function.ipv6}, revision {number} ({instance.description}), by {by}'
         self._emit('handler', text, name=name)
         return {
             'name': name,
@@ -320,14 +322,14 @@ class Functions:
             return 'deployed, not yet in DNS'
         return None if self._dns.wait_served(function.name, function.ipv6) else 'deployed, not yet in DNS'
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, by: str) -> None:
         with self.changes.one():
             function = self._registry.remove_function(name)
             attempt(self._emit, self._zone.sync)
             self._shut(function, self._around.stop_timeout_s).result()
             attempt(self._emit, self._addresses.sync)
             self._revisions.forget(self._revisions.folder(function))
-        self._emit('listener', f'Removed {name} from {function.ipv6}', name=name)
+        self._emit('listener', f'Removed {name} from {function.ipv6}, by {by}', name=name)
 
     def ipv6(self, name: str) -> str:
         return self._registry.function(name).ipv6

@@ -74,7 +74,7 @@ class Peers:
             if name not in known and name not in removed:
                 try:
                     key, preshared, ipv6 = vpn_manager.parse_peer(text)
-                    self._registry.add_peer(name, key, ipv6=ipv6, preshared_key=preshared)
+                    self._registry.add_peer(name, self._vpn.check_peer_key(key), ipv6=ipv6, preshared_key=preshared)
                     self._emit('vpn', f'Adopted peer: {name} → {ipv6}', name=name)
                 except FaasError as error:
                     self._vpn.complain(name, str(error))
@@ -101,10 +101,10 @@ class Peers:
 
     # Verbs
 
-    def create(self, name: str, public_key: str) -> tuple[dict[str, str], str]:
-        """A peer for somebody who may make one: (the three fields of the document, the name of the peer)."""
-        peer = self._registry.add_peer(name, vpn_manager.check_key(public_key))
-        self._emit('vpn', f'Created peer: {name} → {peer.ipv6}', name=name)
+    def create(self, name: str, public_key: str, by: str) -> tuple[dict[str, str], str]:
+        """A peer that `by` asks for, who may do so: (the three fields of the document, the name of the peer)."""
+        peer = self._registry.add_peer(name, self._vpn.check_peer_key(public_key))
+        self._emit('vpn', f'Created peer: {name} → {peer.ipv6}, by {by}', name=name)
         return self._welcome(peer), peer.name
 
     def proved_invite(self, invite_id: str, proof: str, nonce: str, body: bytes) -> registry.Invite:
@@ -120,14 +120,15 @@ class Peers:
 
     def redeem(self, invite: registry.Invite, name: str, public_key: str) -> tuple[dict[str, str], str]:
         """The peer of an invite: (the three fields of the document, the name of the peer)."""
-        peer = self._registry.redeem(invite.id, name, vpn_manager.check_key(public_key))
+        peer = self._registry.redeem(invite.id, name, self._vpn.check_peer_key(public_key))
         self._emit('vpn', f'Created peer: {peer.name} → {peer.ipv6} (invite {invite.id})', name=peer.name)
         return self._welcome(peer), peer.name
 
-    def remove(self, name: str, caller_name: str | None = None) -> AfterAnswer | None:
+    def remove(self, name: str, by: str, caller_name: str | None = None) -> AfterAnswer | None:
         """Lock a peer out. When it removes itself, the tunnel ends with that: the answer must come first."""
         try:
             self._registry.begin_peer_removal(name)
+            self._emit('vpn', f'Removing peer: {name}, by {by}', name=name)
         except FaasError as error:
             if error.status == HTTPStatus.INSUFFICIENT_STORAGE:
                 self._lock_out_unwritten(name, error)
@@ -166,10 +167,10 @@ class Peers:
             for peer in self._registry.peers()
         ]
 
-    def invite(self, name: str | None, lifetime_s: int, admin: bool) -> dict[str, str | None]:
+    def invite(self, name: str | None, lifetime_s: int, admin: bool, by: str) -> dict[str, str | None]:
         with self._enroll.opened():
             invite = self._registry.add_invite(name, 'admin' if admin else 'peer', lifetime_s)
-        self._emit('vpn', f'Invited {name or "a peer"} ({invite.id}){" as admin" if admin else ""}')
+        self._emit('vpn', f'Invited {name or "a peer"} ({invite.id}){" as admin" if admin else ""}, by {by}')
         host, _ = vpn_manager.split_endpoint(self._vpn.endpoint, self._vpn.port)
         api = vpn_manager.join_endpoint(host, self._enroll.port)
         return {

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from control.access import Caller
 from control.api import ControlAPI
+from control.events import Refusals
 from control.functions import Functions
 from control.health import Health
 from control.peers import Peers
@@ -29,6 +30,7 @@ class Verbs(NamedTuple):
     functions: Functions
     peers: Peers
     health: Health
+    refusals: Refusals
 
 
 class Limits(NamedTuple):
@@ -72,7 +74,10 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def verify_request(self, request: socket.socket, client_address: tuple) -> bool:
         most = self.limits.each_max
         with self._count:
-            return most is None or self._open_from[source(client_address)] < most
+            if most is None or self._open_from[source(client_address)] < most:
+                return True
+        self.verbs.refusals.add(self.thread.name, f'more than {most} connections at a time', client_address)
+        return False
 
     def process_request(self, request: socket.socket, client_address: tuple) -> None:
         while not self._free.acquire(timeout=0.5):

@@ -11,6 +11,7 @@ import unittest
 from unittest import mock
 
 from control.access import Caller
+from control.events import Refusals
 from control.server import ControlServer, Limits, Verbs, source
 from tests import lab
 
@@ -18,12 +19,15 @@ from tests import lab
 class Served(unittest.TestCase):
     def setUp(self):
         self.path = f'{self.enterContext(tempfile.TemporaryDirectory())}/api.sock'
+        self.told = []
+        self.refusals = Refusals(lambda area, text: self.told.append(text))
 
     def serve(self, **limits):
         sock = socket.socket(socket.AF_UNIX)
         sock.bind(self.path)
         limits = Limits(**{'threads': 4, 'idle_s': 5, **limits})
-        server = ControlServer(sock, lambda address: Caller('local'), limits, Verbs(None, None, None), 'api')
+        verbs = Verbs(None, None, None, self.refusals)
+        server = ControlServer(sock, lambda address: Caller('local'), limits, verbs, 'api')
         self.addCleanup(server.close)
         return server
 
@@ -51,6 +55,19 @@ class Served(unittest.TestCase):
         with self.connect() as silent:
             self.assertEqual(404, self.ask()[0])  # after the silent one was closed
             self.assertEqual(b'', silent.recv(1))
+
+    def test_refusals_are_one_line_with_counts_whoever_asks(self):
+        self.serve(each_max=0)
+        for _ in range(30):
+            self.connect().close()
+        lab.wait_until(lambda: self.refusals._counts.total() == 30, 5, 'the refusals')
+        for number in range(100):
+            self.refusals.add(f'peer p{number}', 'Forbidden', ('::1', 1))
+        self.refusals.tell()
+        self.refusals.tell()
+        self.assertEqual(1, len(self.told))
+        self.assertRegex(self.told[0], r'^Refused 130 requests: api: more than 0 connections at a time × 30; peer p0: ')
+        self.assertTrue(self.told[0].endswith('; 93 other kinds; the last from ::1'), self.told[0])
 
     def test_one_that_drips_is_closed_after_its_whole_time(self):
         self.serve(whole_s=0.3)
