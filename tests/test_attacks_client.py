@@ -1,15 +1,24 @@
 """Attacks on the client: by other users of the laptop, and by a hostile server. Each works without its cure."""
 
+import contextlib
+import io
+import itertools
 import os
 import shutil
+import socket
+import sys
+import threading
+import time
 import unittest
+from unittest import mock
 
-from tests.test_faas import ApiCase, token
+from tests.test_faas import KEYS, ApiCase, faas, token
 
 # In place of the client: it keeps what every user of the machine can read of it, and what came on its stdin.
-TELLTALE = """#!/bin/sh
-tr '\\0' ' ' </proc/$$/cmdline >seen
-cat >given
+TELLTALE = f"""#!{sys.executable} -IS
+import sys
+open('seen', 'wb').write(open('/proc/self/cmdline', 'rb').read().replace(b'\\0', b' '))
+open('given', 'w').write(sys.stdin.read())
 """
 
 
@@ -22,7 +31,7 @@ class Paste(ApiCase):
         self.assertEqual(0, code)
         for shell in filter(shutil.which, ('sh', 'bash', 'zsh', 'busybox')):
             with self.subTest(shell):
-                folder = self.folder({'faas': TELLTALE, 'typed': text}, shell)
+                folder = self.folder({'faas': TELLTALE, 'typed': f'cd {self.home}/{shell}\n{text}'}, shell)
                 (folder / 'faas').chmod(0o755)
                 self.type(shell, folder)
                 self.assertIn('vpn connect laptop --invite', (folder / 'seen').read_text())
@@ -35,8 +44,141 @@ class Paste(ApiCase):
         words = [shell, 'sh'] if shell == 'busybox' else [shell]
         with open(folder / 'typed') as typed:
             move = (os.POSIX_SPAWN_DUP2, typed.fileno(), 0)
-            pid = os.posix_spawnp('env', ['env', '-C', str(folder), *words], os.environ, file_actions=[move])
+            pid = os.posix_spawnp(words[0], words, os.environ, file_actions=[move])
             os.waitpid(pid, 0)
+
+
+OK = b'HTTP/1.1 200 OK\r\n'
+PATIENCE_S = 0.2
+
+
+def for_ever(*parts):
+    """The first part, then the second again and again."""
+    yield parts[0]
+    yield from itertools.repeat(parts[-1])
+
+
+class Flood:
+    """A UDP socket at which answers to no question of ours wait without end."""
+
+    def __init__(self, *_):
+        self._end = time.monotonic() + 10 * PATIENCE_S
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    connect = send = settimeout = lambda self, *_: None
+
+    def recv(self, _):
+        if time.monotonic() > self._end:
+            raise AssertionError('it still reads')
+        return b'xx'
+
+
+class Drip(ApiCase):
+    """A hostile server answers for ever, a little at a time or as fast as it can."""
+
+    # What it sends (pieces), and how long it waits between them.
+    ANSWERS = {
+        'the status line': (b'H', b'T', 0.05),
+        'interim answers': (b'', b'HTTP/1.1 100 Continue\r\n\r\n', 0.05),
+        'interim answers, fast': (b'', b'HTTP/1.1 100 Continue\r\n\r\n' * 2000, 0),
+        'headers': (OK, b'X: y\r\n', 0.05),
+        'one header': (OK + b'X: ', b'y', 0.05),
+        'a body': (OK + b'Content-Length: 100000\r\n\r\n', b' ', 0.05),
+        'a body without an end, fast': (OK + b'\r\n', b' ' * 65536, 0),
+        'chunks': (OK + b'Transfer-Encoding: chunked\r\n\r\n', b'1\r\n \r\n', 0.05),
+        'trailers': (OK + b'Transfer-Encoding: chunked\r\n\r\n0\r\n', b'X: y\r\n', 0.05),
+        'trailers, fast': (OK + b'Transfer-Encoding: chunked\r\n\r\n0\r\n', b'X: y\r\n' * 10000, 0),
+        'nothing': (b'', b'', 0.05),
+    }
+
+    def hostile(self, family, address, first, rest, pause_s):
+        """The address of a server that answers everybody so, until the test has ended."""
+        listener = socket.socket(family)
+        listener.bind(address)
+        listener.listen()
+        self.addCleanup(listener.close)
+        over = threading.Event()
+        self.addCleanup(over.set)
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    client, _ = listener.accept()
+                    with client, contextlib.suppress(OSError):
+                        client.recv(65536)
+                        for piece in for_ever(first, rest):
+                            if over.wait(pause_s):
+                                return
+                            client.sendall(piece)
+
+        threading.Thread(target=serve, daemon=True).start()
+        self.addCleanup(listener.shutdown, socket.SHUT_RDWR)
+        return listener.getsockname()
+
+    def given_up(self, call, *args, within_s=3):
+        """The Failure of a call that may not wait longer."""
+        found = []
+        thread = threading.Thread(target=lambda: found.append(self.failure(call, *args)), daemon=True)
+        thread.start()
+        thread.join(within_s)
+        self.assertFalse(thread.is_alive(), 'it still waits')
+        return found[0].message
+
+    def test_the_api(self):
+        for what, answer in self.ANSWERS.items():
+            with self.subTest(what), mock.patch.object(faas, 'MAX_ANSWER', 1 << 20), \
+                    mock.patch.object(faas.ImpatientSocket, 'most', 1 << 20):
+                faas.SOCKET = f'{self.home}/{what.replace(" ", "-")}'
+                self.hostile(socket.AF_UNIX, faas.SOCKET, *answer)
+                said = self.given_up(faas.Api(timeout_s=PATIENCE_S).request, 'GET', '/api/list')
+                self.assertRegex(said, 'no answer in time|longer than|does not speak HTTP')
+
+    def test_enrolling(self):
+        for what in ('interim answers', 'interim answers, fast', 'a body', 'trailers, fast'):
+            with self.subTest(what), mock.patch.object(faas, 'ENROLL_S', PATIENCE_S):
+                host, port = self.hostile(socket.AF_INET, ('127.0.0.1', 0), *self.ANSWERS[what])
+                said = self.given_up(faas.redeem, faas.Invite(token(a=f'{host}:{port}')), KEYS[0], within_s=12)
+                self.assertRegex(said, 'no answer in time|longer than')
+
+    def test_an_upload_that_is_read_a_little_at_a_time(self):
+        with mock.patch.object(faas, 'SEND_S', PATIENCE_S), mock.patch.object(faas, 'ANSWER_S', PATIENCE_S):
+            listener = socket.socket(socket.AF_UNIX)
+            self.addCleanup(listener.close)
+            listener.bind(faas.SOCKET)
+            listener.listen()
+            threading.Thread(target=self.read_slowly, args=(listener,), daemon=True).start()
+            self.assertIn('no answer in time', self.given_up(faas.Api().upload, '/api/new', io.BytesIO(bytes(8 << 20)),
+                                                             8 << 20))
+
+    @staticmethod
+    def read_slowly(listener):
+        with contextlib.suppress(OSError), listener.accept()[0] as client:
+            while client.recv(16):
+                time.sleep(0.02)
+
+    def test_an_answer_that_comes_on_is_waited_for(self):
+        """Slower than the time-out in all, and never still."""
+        def answer(handler, body):
+            handler.send_response(200)
+            handler.send_header('Content-Length', str(5 * faas.LEAST_RATE))
+            handler.end_headers()
+            for _ in range(5):
+                time.sleep(PATIENCE_S / 2)
+                handler.wfile.write(b'x' * faas.LEAST_RATE)
+                handler.wfile.flush()
+
+        self.serve(answer)
+        reply = faas.Api(timeout_s=PATIENCE_S).request('GET', '/api/logs/x')
+        self.assertEqual(5 * faas.LEAST_RATE, len(reply.body))
+
+    def test_dns_answers_that_are_none(self):
+        with mock.patch.object(faas.socket, 'socket', Flood), self.assertRaises(OSError):
+            faas.direct_lookup('ns.faas', '::1', PATIENCE_S)
 
 
 if __name__ == '__main__':

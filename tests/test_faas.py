@@ -819,7 +819,7 @@ class TestApi(ApiCase):
         with mock.patch.object(faas.UnixConnection, 'connect', side_effect=PermissionError(13, 'Permission denied')):
             self.fails('list', says='Permission denied', hints='group faas')
         with mock.patch.object(faas, 'address_towards', return_value='fd00:faa5:0:100::a'), \
-                mock.patch.object(faas.http.client.HTTPConnection, 'connect', side_effect=TimeoutError('timed out')):
+                mock.patch.object(faas.TcpConnection, 'connect', side_effect=TimeoutError('timed out')):
             self.fails('list', says='8080: no answer in time', hints='vpn status')
 
     def test_rm_asks_on_a_terminal_alone(self):
