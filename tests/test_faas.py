@@ -1131,7 +1131,6 @@ class TestTunnelLock(Case):
         self.folder = pathlib.Path(faas.RUN_FOLDER)
         self.folder.mkdir(0o755)
         self.lock = self.folder / 'lock'
-        self.lock.touch(0o644)
 
     def test_one_at_a_time_and_no_descriptor_stays(self):
         before = os.listdir('/proc/self/fd')
@@ -1148,8 +1147,17 @@ class TestTunnelLock(Case):
             self.assertIn('not a folder that root alone', self.failure(faas.tunnel_lock).message)
         self.folder.unlink()
         self.folder.mkdir(0o755)
-        self.lock.symlink_to('/etc/passwd')
-        self.assertRaises(OSError, faas.tunnel_lock)
+        self.lock.symlink_to(f'{self.home}/mine')
+        with faas.tunnel_lock():                    # a link is not followed: root has made it, if anybody
+            self.assertTrue(self.lock.is_file() and not self.lock.is_symlink())
+        self.assertFalse(os.path.exists(f'{self.home}/mine'))
+
+    def test_one_that_others_may_open_is_replaced(self):
+        self.lock.touch(0o644)
+        with open(self.lock) as theirs:
+            fcntl.flock(theirs, fcntl.LOCK_EX)
+            with mock.patch.object(faas, 'LOCK_WAIT_S', 0), faas.tunnel_lock():
+                self.assertEqual(0o600, self.lock.stat().st_mode & 0o777)
 
 
 class TestFolder(Case):
@@ -2085,7 +2093,7 @@ Saved VPN Configurations:
         modes = self.laptop.run(['sh', '-c', 'cd; stat -c "%a %n" .config/faas .config/faas/vpn '
                                  '.config/faas/vpn/*.json /run/faas /run/faas/*']).stdout.splitlines()
         self.assertEqual(modes, ['700 .config/faas', '700 .config/faas/vpn', '600 .config/faas/vpn/default.json',
-                                 '755 /run/faas', '644 /run/faas/lock', '600 /run/faas/resolv.conf.before',
+                                 '755 /run/faas', '600 /run/faas/lock', '600 /run/faas/resolv.conf.before',
                                  '600 /run/faas/resolv.conf.ours', '644 /run/faas/wg-faas.json'])
         config = json.loads(self.laptop.path('/root/.config/faas/vpn/default.json').read_text())
         self.assertNotIn(config['private_key'], self.laptop.path('/run/faas/wg-faas.json').read_text())
@@ -2303,6 +2311,25 @@ Saved VPN Configurations:
             done = self.faas('vpn', 'disconnect')
         self.assertEqual((done.stdout.splitlines()[-1], done.stderr),
                          ('Disconnected.', 'Waiting for another faas vpn command to end …\n'))
+        self.assert_as_before()
+
+    def test_no_other_user_can_hold_the_lock(self):
+        ann, env = self.ann()
+        self.faas('vpn', 'connect')
+        held = self.laptop.run([*ann[:ann.index('/usr/bin/python3')], 'flock', '-n', '/run/faas/lock', 'echo', 'held'],
+                               ok=None, env=env)
+        self.assertEqual('', held.stdout)
+        self.assertIn('Permission denied', held.stderr)
+        waits = self.laptop.popen(['sh', '-c', 'exec 9>/run/faas/lock; flock 9; echo held; exec sleep 60'],
+                                  stdout=subprocess.PIPE, text=True)
+        with waits:
+            self.assertEqual(waits.stdout.readline(), 'held\n')
+            taken = self.laptop.popen([*ann, 'vpn', 'disconnect'], env=env, cwd='/', text=True, stderr=subprocess.PIPE)
+            self.assertRegex(taken.stderr.readline(), '^Waiting for another faas vpn command to end')
+            taken.kill()                                # what waits for it as root ends as well
+            taken.communicate()
+            waits.kill()
+        self.faas('vpn', 'disconnect')
         self.assert_as_before()
 
     def test_a_person_with_sudo_owns_the_config_and_root_the_rest(self):
