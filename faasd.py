@@ -443,6 +443,7 @@ def run(arguments: argparse.Namespace, ending: int, events: Events) -> None:
     """faasd from its start until `ending` can be read from."""
     if os.geteuid() != 0:
         raise StartError('faasd needs root', 'sudo python3 faasd.py')
+    process.forget_unsafe_folders()
     settings = read_settings(os.environ)
     needed = ['ip', 'wg', 'nft', settings['runtime']] + ['coredns'] * (arguments.standalone or arguments.prepare)
     missing = [program for program in needed if not process.installed(program)]

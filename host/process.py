@@ -4,11 +4,13 @@ import contextlib
 import ctypes
 import errno
 import os
+import pathlib
 import re
 import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import threading
 import time
@@ -38,6 +40,25 @@ class CommandError(FaasError):
     ) -> None:
         self.argv, self.reason, self.exit_code, self.stdout, self.stderr = argv, reason, exit_code, stdout, stderr
         super().__init__(f'{argv[0]}: {reason}')
+
+
+def forget_unsafe_folders() -> None:
+    """Take out of PATH the folders in which others than root can put programs: each program is found by it."""
+    os.environ['PATH'] = ':'.join(each for each in os.environ.get('PATH', os.defpath).split(':') if is_roots(each))
+
+
+def is_roots(folder: str) -> bool:
+    """True if root alone can put something there, or put something else in its place."""
+    path = os.path.realpath(folder)
+    for each in (path, *map(str, pathlib.PurePath(path).parents)):
+        try:
+            info = os.stat(each)
+        except OSError:
+            return False
+        sticky = info.st_mode & stat.S_ISVTX and each != path
+        if info.st_uid != 0 or (info.st_mode & 0o022 and not sticky):
+            return False
+    return os.path.isabs(folder)
 
 
 def run(

@@ -12,7 +12,8 @@ import time
 import unittest
 from unittest import mock
 
-from tests.test_faas import KEYS, ApiCase, faas, token
+from tests import lab, serving
+from tests.test_faas import FAAS, KEYS, ApiCase, faas, token
 
 # In place of the client: it keeps what every user of the machine can read of it, and what came on its stdin.
 TELLTALE = f"""#!{sys.executable} -IS
@@ -56,6 +57,49 @@ def for_ever(*parts):
     """The first part, then the second again and again."""
     yield parts[0]
     yield from itertools.repeat(parts[-1])
+
+
+class Planted(ApiCase):
+    """What others can put on this machine is not run as another user."""
+
+    def test_a_module_beside_the_client(self):
+        for module in '__future__', 'argparse', 'typing':
+            folder = self.folder({f'{module}.py': 'print("planted", flush=True)\n'}, module)
+            shutil.copy(FAAS, folder / 'faas')
+            with open(folder / 'said', 'w+') as said:
+                move = (os.POSIX_SPAWN_DUP2, said.fileno(), 1)
+                pid = os.posix_spawn(folder / 'faas', ['faas', '--version'], os.environ, file_actions=[move])
+                self.assertEqual(0, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            self.assertEqual(f'faas {faas.VERSION}\n', (folder / 'said').read_text())
+
+    def test_the_environment_of_roots_programs(self):
+        set_by_person = {'BASH_ENV': '/tmp/x', 'LD_PRELOAD': '/tmp/x', 'PYTHONPATH': '/tmp', 'FAAS_INVITE': token()}
+        with mock.patch.dict(os.environ, {**set_by_person, 'PATH': '/tmp:relative::/usr/bin'}):
+            for uid in 0, 4711:
+                with mock.patch.object(os, 'geteuid', return_value=uid):
+                    self.assertFalse({'/tmp', 'relative', ''} & {*faas.environment()['PATH'].split(':')})
+                    self.assertNotIn('FAAS_INVITE', faas.environment())
+                    self.assertEqual(uid != 0, 'BASH_ENV' in faas.environment())
+                    self.assertEqual(uid != 0, 'LD_PRELOAD' in faas.environment())
+
+
+@lab.needs_root
+class PlantedPrograms(unittest.TestCase):
+    """A user's folder is in root's PATH."""
+
+    NAMES = 'ip', 'wg', 'cat', 'mkdir', 'ls', 'nft', 'sysctl', 'ss', 'runc', 'wireguard-go', 'coredns'
+
+    def test_they_are_not_run_as_root(self):
+        host = self.enterContext(lab.Host('server'))
+        host.sh(f'mkdir -p /home/joe/bin; cd /home/joe/bin; for name in {" ".join(self.NAMES)}; do '
+                "printf '%s\\n' '#!/bin/sh' 'echo $0 >>/tmp/planted; exit 1' >$name; chmod 755 $name; done; "
+                'chown -R 4711 /home/joe')
+        env = {'PATH': f'/home/joe/bin:{os.environ["PATH"]}', 'HOME': '/root', 'FAAS_VPN_ENDPOINT': '127.0.0.1'}
+        host.run([*serving.FAASD, '--prepare'], env=env)
+        done = host.run([sys.executable, '-I', FAAS, 'vpn', 'connect', '--server', '127.0.0.1:1'], ok=(1,), env=env)
+        self.assertIn('cannot be reached', done.stderr)
+        self.assertFalse(host.path('/tmp/planted').exists(), host.sh('cat /tmp/planted', ok=None))
+        self.assertEqual(sorted(self.NAMES), sorted(os.listdir(host.path('/home/joe/bin'))))
 
 
 class Flood:

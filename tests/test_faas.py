@@ -1688,6 +1688,7 @@ threading.Event().wait()
 TRAP = r'''#!/bin/sh
 n=$(($(cat /tmp/calls 2>/dev/null || echo 0) + 1))
 echo $n >/tmp/calls
+. /tmp/fail 2>/dev/null
 if [ $n = "$FAIL_AT" ]; then
     if [ "$FAIL_MODE" = kill ]; then kill -9 $PPID; fi
     echo "no luck with call $n" >&2
@@ -2126,8 +2127,8 @@ Saved VPN Configurations:
     def calls(self, mode, at=None):
         """Connect with each program trapped; returns the run, and how many programs were run."""
         self.laptop.run(['rm', '-f', '/tmp/calls'])
-        done = self.faas('vpn', 'connect', ok=None,
-                         env={'PATH': '/opt/trap:' + os.environ['PATH'], 'FAIL_AT': str(at), 'FAIL_MODE': mode})
+        self.laptop.path('/tmp/fail').write_text(f'FAIL_AT={at} FAIL_MODE={mode}\n')
+        done = self.faas('vpn', 'connect', ok=None, env={'PATH': '/opt/trap:' + os.environ['PATH']})
         return done, int(self.laptop.path('/tmp/calls').read_text())
 
     def test_a_step_that_fails_undoes_those_before_it(self):
@@ -2152,8 +2153,9 @@ Saved VPN Configurations:
         setconf = '7' if lab.add_wireguard(self.laptop, 'wg-try') else '8'       # wireguard-go is one call more
         self.laptop.run(['ip', 'link', 'delete', 'wg-try'])
         self.laptop.run(['rm', '-f', '/tmp/calls'])
+        self.laptop.path('/tmp/fail').write_text(f'FAIL_AT={setconf} FAIL_MODE=fail\n')
         done = self.faas('vpn', 'connect', '--server', '203.0.113.10', ok=(1,),
-                         env={'PATH': '/opt/trap:' + os.environ['PATH'], 'FAIL_AT': setconf, 'FAIL_MODE': 'fail'})
+                         env={'PATH': '/opt/trap:' + os.environ['PATH']})
         self.assertRegex(done.stderr, f'error: Added peer: server: failed: .*no luck with call {setconf}')
         self.assertIn('the config is saved: ./faas vpn connect default', done.stderr)
         self.assert_as_before()
