@@ -22,6 +22,8 @@ SYSCALLS = {
 }[os.uname().machine]
 
 SOCKET = {'x86_64': 41, 'aarch64': 198}[os.uname().machine]
+SOCKETPAIR = {'x86_64': 53, 'aarch64': 199}[os.uname().machine]
+OPEN_TREE_ATTR = 467  # Linux 6.15: open_tree and mount_setattr in one
 
 STATUS = 'dict(line.rstrip("\\n").split(":\\t", 1) for line in open("/proc/self/status"))'
 
@@ -157,10 +159,21 @@ class Sees(inside.InHost):
                 for upper_half in (0, 1 << 32):
                     argument = f'ctypes.c_ulong({family | upper_half})'
                     made = instance.eval(f'os.close(syscall({SOCKET}, {argument}, socket.SOCK_DGRAM, 0))')
-                    if family in (1, 2, 10, 16) and not upper_half:
+                    if family in (1, 2, 10, 16):
                         self.assertNotEqual(['OSError', 'EAFNOSUPPORT'], made, family)
                     else:
                         self.assertEqual(['OSError', 'EAFNOSUPPORT'], made, family)
+
+    @inside.inside
+    def test_no_pair_but_of_unix_sockets_and_nothing_newer_than_the_filter(self):
+        pair = 'ctypes.create_string_buffer(8)'
+        answers = self.run_in(
+            *(f'syscall({SOCKETPAIR}, {family}, {kind}, 0, {pair})' for family in (2, 30, 40) for kind in (1, 5)),
+            f'syscall({OPEN_TREE_ATTR}, -1, {pair}, 0, {pair}, 0)',
+            'syscall(2000)',
+        )
+        self.assertEqual([['OSError', 'EAFNOSUPPORT']] * 6 + [['OSError', 'ENOSYS']] * 2, answers)
+        self.assertEqual([True], self.values('len(socket.socketpair()) == 2'))
 
     @inside.inside
     def test_a_passed_sockets_ioctls_are_refused_whatever_their_upper_half_is(self):

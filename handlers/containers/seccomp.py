@@ -3,35 +3,36 @@
 import platform
 from collections.abc import Iterator
 
-# A passed socket belongs to the host's network namespace: its ioctl requests 0x8900 to 0x89ff list and change the
-# interfaces there. The kernel compares 64 bits, but the request has 32: MASKED_EQ compares only those. The system calls
-# in the list are refused in most containers, since they reach more of the kernel.
+EPERM, ENOSYS, EAFNOSUPPORT = 1, 38, 97
+# System calls that Docker's default profile refuses a container without capabilities: they fail with EPERM. One that
+# stands in no list fails with ENOSYS, as on a kernel that does not have it, so programs and libraries use an older one.
 # fmt: off
 REFUSED_SYSCALLS = (
-    'acct', 'add_key', 'bpf', 'clock_adjtime', 'clock_settime', 'create_module', 'delete_module', 'finit_module',
-    'fsconfig', 'fsmount', 'fsopen', 'fspick', 'get_mempolicy', 'init_module', 'io_uring_enter',
-    'io_uring_register', 'io_uring_setup', 'ioperm', 'iopl', 'kcmp', 'kexec_file_load', 'kexec_load', 'keyctl',
-    'lookup_dcookie', 'mbind', 'migrate_pages', 'mount', 'mount_setattr', 'move_mount', 'move_pages',
-    'name_to_handle_at', 'nfsservctl', 'open_by_handle_at', 'open_tree', 'perf_event_open', 'pivot_root',
-    'process_vm_readv', 'process_vm_writev', 'ptrace', 'query_module', 'quotactl', 'reboot', 'request_key',
-    'set_mempolicy', 'setns', 'settimeofday', 'stime', 'swapoff', 'swapon', 'syslog', 'sysfs', 'umount', 'umount2',
-    'unshare', 'uselib', 'userfaultfd', 'ustat', 'vhangup', 'vm86', 'vm86old',
+    '_sysctl', 'acct', 'add_key', 'bpf', 'clock_adjtime', 'clock_settime', 'clock_settime64', 'create_module',
+    'delete_module', 'fanotify_init', 'finit_module', 'fsconfig', 'fsmount', 'fsopen', 'fspick', 'get_mempolicy',
+    'init_module', 'io_uring_enter', 'io_uring_register', 'io_uring_setup', 'ioperm', 'iopl', 'kcmp',
+    'kexec_file_load', 'kexec_load', 'keyctl', 'lookup_dcookie', 'mbind', 'migrate_pages', 'mount', 'mount_setattr',
+    'move_mount', 'move_pages', 'nfsservctl', 'open_by_handle_at', 'open_tree', 'perf_event_open', 'pivot_root',
+    'process_madvise', 'query_module', 'quotactl', 'quotactl_fd', 'reboot', 'request_key', 'set_mempolicy',
+    'set_mempolicy_home_node', 'setdomainname', 'sethostname', 'setns', 'settimeofday', 'stime', 'swapoff', 'swapon',
+    'syslog', 'sysfs', 'umount', 'umount2', 'unshare', 'uselib', 'userfaultfd', 'ustat', 'vhangup', 'vm86', 'vm86old',
 )
 # fmt: on
+# A folder has one user, and nothing to trace. The `ptrace` of images is checked below.
+REFUSED_TO_FOLDERS = ('name_to_handle_at', 'process_vm_readv', 'process_vm_writev', 'ptrace')
 CLONE_NEW = 0x7E020000  # CLONE_NEWNS NEWCGROUP NEWUTS NEWIPC NEWUSER NEWPID NEWNET
-EPERM, ENOSYS, EAFNOSUPPORT = 1, 38, 97
-# A network namespace does not confine every address family (AF_VSOCK reaches the hypervisor). The kernel ignores the
-# upper 32 bits of the argument. A value that sets them is greater than AF_NETLINK, and so is refused, too.
+# A network namespace does not confine every address family (AF_VSOCK reaches the hypervisor). socketpair() can make
+# sockets of other families than AF_UNIX, too (AF_TIPC). The kernel looks only at the lower 32 bits of these arguments.
 AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16
+FAMILIES = {'socket': (AF_UNIX, AF_INET, AF_INET6, AF_NETLINK), 'socketpair': (AF_UNIX,)}
+# A passed socket belongs to the host's network namespace: its ioctl requests 0x8900 to 0x89ff list and change the
+# interfaces there.
+SOCKET_IOCTLS = 0x8900
 # A program shares its listener with the daemon, which steers connections between the instances of a function. Instances
 # must not steer (SO_ATTACH_REUSEPORT_CBPF, SO_ATTACH_REUSEPORT_EBPF, SO_DETACH_REUSEPORT_BPF) or lock that
 # (SO_LOCK_FILTER). A listener that is bound to an interface of the host gets connections before all others
 # (SO_BINDTODEVICE, SO_BINDTOIFINDEX).
 SOL_SOCKET, REFUSED_OPTIONS = 1, (25, 44, 51, 52, 62, 68)
-REFUSED_FAMILIES = [
-    ('SCMP_CMP_GT', AF_NETLINK),
-    *(('SCMP_CMP_EQ', family) for family in range(AF_NETLINK) if family not in (AF_UNIX, AF_INET, AF_INET6)),
-]
 
 
 def refuse(*names: str, errno: int = EPERM, args: list = (), **argument: object) -> dict:
@@ -40,7 +41,8 @@ def refuse(*names: str, errno: int = EPERM, args: list = (), **argument: object)
 
 
 # What Docker's default profile allows a container without capabilities (moby, profiles/seccomp). Not in the list are
-# `clone`, `ioctl`, `personality`, `setsockopt` and `socket`, whose arguments are checked below, and `listen`.
+# `clone`, `ioctl`, `personality`, `ptrace`, `setsockopt`, `socket` and `socketpair`, whose arguments are checked below,
+# and `listen`.
 ALLOWED_SYSCALLS = """
     _llseek _newselect accept accept4 access adjtimex alarm arch_prctl bind brk cacheflush cachestat capget capset
     chdir chmod chown chown32 chroot clock_adjtime64 clock_getres clock_getres_time64 clock_gettime clock_gettime64
@@ -53,7 +55,8 @@ ALLOWED_SYSCALLS = """
     getegid32 geteuid geteuid32 getgid getgid32 getgroups getgroups32 getitimer getpeername getpgid getpgrp getpid
     getppid getpriority getrandom getresgid getresgid32 getresuid getresuid32 getrlimit getrusage getsid getsockname
     getsockopt gettid gettimeofday getuid getuid32 getxattr inotify_add_watch inotify_init inotify_init1
-    inotify_rm_watch io_cancel io_destroy io_getevents io_setup io_submit ioprio_get ioprio_set ipc kill
+    inotify_rm_watch io_cancel io_destroy io_getevents io_pgetevents io_pgetevents_time64 io_setup io_submit ioprio_get
+    ioprio_set ipc kill
     landlock_add_rule landlock_create_ruleset landlock_restrict_self lchown lchown32 lgetxattr link linkat listxattr
     llistxattr lremovexattr lseek lsetxattr lstat lstat64 madvise membarrier memfd_create memfd_secret mincore mkdir
     mkdirat mknod mknodat mlock mlock2 mlockall mmap mmap2 modify_ldt mprotect mq_getsetattr mq_notify mq_open
@@ -71,7 +74,7 @@ ALLOWED_SYSCALLS = """
     set_tid_address set_tls setfsgid setfsgid32 setfsuid setfsuid32 setgid setgid32 setgroups setgroups32 setitimer
     setpgid setpriority setregid setregid32 setresgid setresgid32 setresuid setresuid32 setreuid setreuid32
     setrlimit setsid setuid setuid32 setxattr shmat shmctl shmdt shmget shutdown sigaction sigaltstack
-    signal signalfd signalfd4 sigpending sigprocmask sigreturn sigsuspend socketpair splice stat stat64 statfs
+    signal signalfd signalfd4 sigpending sigprocmask sigreturn sigsuspend splice stat stat64 statfs
     statfs64 statx symlink symlinkat sync sync_file_range sync_file_range2 syncfs syscall sysinfo tee tgkill time
     timer_create timer_delete timer_getoverrun timer_gettime timer_gettime64 timer_settime timer_settime64 timerfd
     timerfd_create timerfd_gettime timerfd_gettime64 timerfd_settime timerfd_settime64 times tkill truncate
@@ -122,39 +125,47 @@ def notifying(profile: dict, path: str) -> dict:
     return profile | {'syscalls': [*profile['syscalls'], asked], 'listenerPath': path}
 
 
-# For folders: everything is allowed but what most containers are refused.
-FOLDER = _filter(
-    'SCMP_ACT_ALLOW',
-    [
-        refuse('ioctl', **masked(1, 0xFFFFFF00, 0x8900)),
-        *(refuse('socket', errno=EAFNOSUPPORT, index=0, value=family, op=op) for op, family in REFUSED_FAMILIES),
-        *(refuse('clone', **masked(0, 1 << bit, 1 << bit)) for bit in range(32) if CLONE_NEW >> bit & 1),
-        *(
-            refuse('setsockopt', args=[masked(1, 0xFFFFFFFF, SOL_SOCKET), masked(2, 0xFFFFFFFF, option)])
-            for option in REFUSED_OPTIONS
-        ),
-        refuse('clone3', errno=ENOSYS),  # a filter cannot see its flags; libc uses clone then
-        refuse(*REFUSED_SYSCALLS),
-    ],
+def _sandbox(refused):
+    """Only what is allowed. What is refused with another error than ENOSYS is said, too, not only left out."""
+    families = [
+        rule
+        for name, allowed in FAMILIES.items()
+        for rule in (
+            *(allow(name, **masked(0, 0xFFFFFFFF, family)) for family in allowed),
+            *(refuse(name, errno=EAFNOSUPPORT, **other) for other in all_but(0, allowed)),
+        )
+    ]
+    socket_level = masked(1, 0xFFFFFFFF, SOL_SOCKET)
+    return _filter(
+        'SCMP_ACT_ERRNO',
+        [
+            allow(*(name for name in ALLOWED_SYSCALLS if name not in refused)),
+            refuse(*refused),
+            # Not clone3, since a filter cannot see its flags. libc uses clone after ENOSYS.
+            allow('clone', **masked(0, CLONE_NEW, 0)),
+            *(refuse('clone', **masked(0, 1 << bit, 1 << bit)) for bit in range(32) if CLONE_NEW >> bit & 1),
+            # A request of another range differs from it in one of the bits 8 to 31: one rule for each bit.
+            *(allow('ioctl', **masked(1, 1 << bit, ~SOCKET_IOCTLS & 1 << bit)) for bit in range(8, 32)),
+            refuse('ioctl', **masked(1, 0xFFFFFF00, SOCKET_IOCTLS)),
+            *families,
+            *(allow('setsockopt', **level) for level in all_but(1, [SOL_SOCKET])),
+            *(allow('setsockopt', args=[socket_level, option]) for option in all_but(2, REFUSED_OPTIONS)),
+            *(
+                refuse('setsockopt', args=[socket_level, masked(2, 0xFFFFFFFF, option)])
+                for option in REFUSED_OPTIONS
+            ),
+            *(allow('personality', **masked(0, 0xFFFFFFFF, value)) for value in PERSONALITIES),
+            *(refuse('personality', **other) for other in all_but(0, PERSONALITIES)),
+            *(_TRACING if 'ptrace' not in refused else ()),
+        ],
+        ENOSYS,
+    )
+
+
+# Not PTRACE_TRACEME: the daemon, as the parent of the first process, would become the tracer.
+_TRACING = (
+    allow('ptrace', index=0, value=0, op='SCMP_CMP_NE'),
+    refuse('ptrace', index=0, value=0, op='SCMP_CMP_EQ'),
 )
-# For images: only what Docker allows. An ioctl request outside 0x8900 to 0x89ff differs from those in one of the bits 8
-# to 31: one rule for each bit.
-IMAGE = _filter(
-    'SCMP_ACT_ERRNO',
-    [
-        allow(*ALLOWED_SYSCALLS),
-        *(allow('ioctl', **masked(1, 1 << bit, ~0x8900 & 1 << bit)) for bit in range(8, 32)),
-        *(allow('socket', **masked(0, 0xFFFFFFFF, family)) for family in (AF_UNIX, AF_INET, AF_INET6, AF_NETLINK)),
-        *(allow('setsockopt', **level) for level in all_but(1, [SOL_SOCKET])),
-        *(
-            allow('setsockopt', args=[masked(1, 0xFFFFFFFF, SOL_SOCKET), option])
-            for option in all_but(2, REFUSED_OPTIONS)
-        ),
-        allow('clone', **masked(0, CLONE_NEW, 0)),
-        # Not PTRACE_TRACEME: the daemon, as the parent of the first process, would become the tracer.
-        allow('ptrace', index=0, value=0, op='SCMP_CMP_NE'),
-        *(allow('personality', **masked(0, 0xFFFFFFFF, value)) for value in PERSONALITIES),
-        refuse('clone3', errno=ENOSYS),
-    ],
-    EPERM,
-)
+IMAGE = _sandbox(REFUSED_SYSCALLS)
+FOLDER = _sandbox(REFUSED_SYSCALLS + REFUSED_TO_FOLDERS)
