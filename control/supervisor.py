@@ -15,6 +15,11 @@ from host import files, process
 from host.errors import StartError
 from vpn_manager import VPNManager
 
+# CoreDNS reads what strangers send. It is nobody's, and may only bind port 53; setpriv(1) becomes the program.
+UNPRIVILEGED = [
+    *('setpriv', '--reuid=65534', '--regid=65534', '--clear-groups', '--no-new-privs'),
+    *(f'--{kind}=-all,+net_bind_service' for kind in ('inh-caps', 'ambient-caps', 'bounding-set')),
+]
 QUERY_ERRORS_S = 60  # of failing queries, one is told in this time
 
 
@@ -88,7 +93,7 @@ class Supervisor:
             self._emit('dns', f'CoreDNS does not answer at {registry.GATEWAY}', problem=True)
 
     def _run_coredns(self) -> None:
-        child = process.start(['coredns', '-quiet', '-conf', self._dns.corefile], output=True)
+        child = process.start([*UNPRIVILEGED, 'coredns', '-quiet', '-conf', self._dns.corefile], output=True)
         self._children['coredns'] = child
         self._record()
         threading.Thread(target=self._read_coredns, args=(child.stdout,), name='coredns', daemon=True).start()

@@ -753,6 +753,15 @@ class OneServer(unittest.TestCase):
         lab.wait_until(lambda: self.server.printed('CoreDNS ended'), 5, 'the event')
         lab.wait_until(lambda: self.server.api('GET', '/api/health').json['status'] == 'ok', 10, 'CoreDNS')
 
+    def test_coredns_is_nobodys_and_can_only_bind_low_ports(self):
+        pid = self.host.run(['pgrep', '-x', 'coredns']).stdout.strip()
+        status = dict(re.findall(r'(\w+):[ \t]*(.*)', self.host.run(['cat', f'/proc/{pid}/status']).stdout))
+        self.assertEqual(['65534'] * 8, (status['Uid'] + '\t' + status['Gid']).split('\t'))
+        self.assertEqual('', status['Groups'].strip())
+        kinds = 'CapInh', 'CapPrm', 'CapEff', 'CapBnd', 'CapAmb'
+        self.assertEqual([f'{1 << 10:016x}'] * 5, [status[kind] for kind in kinds])  # CAP_NET_BIND_SERVICE
+        self.assertEqual('1', status['NoNewPrivs'])
+
     def test_a_disk_that_is_full_while_staging(self):
         before = self.remains()
         functions = '/var/lib/faasd/functions'
