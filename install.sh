@@ -13,6 +13,7 @@ case $prefix in
 esac
 lib=$prefix/lib/faasd
 env_file=/etc/faasd/faasd.env
+apparmor=/etc/apparmor.d/faas-instance
 lock=/run/faasd/faasd.lock
 services='faasd.service faas-coredns.service'
 units="$services faas-instances.service faas.slice"
@@ -103,6 +104,23 @@ install_units() {
     put 644 systemd/wg-quick@.conf "$unitdir/wg-quick@$wg.service.d/faasd.conf"
 }
 
+runs_apparmor() { [ -z "$destdir" ] && [ -d /sys/kernel/security/apparmor ] && command -v apparmor_parser >/dev/null; }
+
+# Where there is AppArmor. A package has the profile always.
+install_apparmor() {
+    [ -n "$destdir" ] || [ -d /etc/apparmor.d ] || return 0
+    sed "s|@VERSION@|$version|" systemd/faas-instance.apparmor | install -D -m 644 /dev/stdin "$destdir$apparmor"
+    runs_apparmor || return 0
+    apparmor_parser --replace "$apparmor" || say "$apparmor is not loaded: functions run without AppArmor"
+}
+
+# After the last instance has ended.
+remove_apparmor() {
+    [ -e "$destdir$apparmor" ] || return 0
+    ! runs_apparmor || apparmor_parser --remove "$apparmor" || true
+    rm -f "$destdir$apparmor" "$destdir"/var/cache/apparmor/*/faas-instance
+}
+
 # The settings in our environment, as `given`. A faasd.env that is there counts instead, also for --prepare.
 read_given() {
     # Those of the client are no server's; FAAS_INVITE holds a secret.
@@ -138,6 +156,7 @@ install_all() {
     install_env
     install_files
     install_units
+    install_apparmor
     if ! runs_systemd; then
         say "the files are in place; no systemd runs here, so nothing was started"
         return
@@ -186,6 +205,7 @@ uninstall_all() {
     for unit in $units; do rm -f "$destdir$unitdir/$unit"; done
     rm -f "$destdir$unitdir"/wg-quick@*.service.d/faasd.conf
     rmdir "$destdir$unitdir"/wg-quick@*.service.d 2>/dev/null || true
+    remove_apparmor
     rm -rf "$destdir$lib" "$destdir$lib.new" "$destdir$lib.old"
     rm -f "$destdir$prefix/bin/faas"
     if runs_systemd; then systemctl daemon-reload; fi

@@ -1,9 +1,15 @@
 """The limits in the OCI configuration of an instance are those that the kernel enforces."""
 
 import json
+import pathlib
+import subprocess
+import tempfile
 import unittest
+import unittest.mock
 
-from tests import inside
+from handlers.containers import bundle
+from host import apparmor
+from tests import inside, lab, programs
 
 
 class Limits(inside.InHost):
@@ -42,6 +48,39 @@ class Limits(inside.InHost):
                 '(*(lambda t: (t, (t.time(), t.process_time())))(__import__("time")))'
             )
             self.assertLess(used / took, 0.5)
+
+
+class AppArmor(unittest.TestCase):
+    """No kernel with AppArmor is needed."""
+
+    SOURCE = lab.REPO / 'systemd/faas-instance.apparmor'
+
+    def profile_of(self, loaded):
+        """The profile in the configuration where these are loaded (None: there is no AppArmor)."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, 'profiles')
+            if loaded is not None:
+                path.write_text(loaded)
+            with unittest.mock.patch.object(apparmor, 'PROFILES', str(path)):
+                made = bundle.Configurations(inside.LIMITS, 'group', '/rootfs')
+                config = made.shared('id', 'name', inside.SPEC, 0x70010000, '/notify.sock')
+        return config['process'].get('apparmorProfile')
+
+    def test_the_profile_is_asked_for_only_where_it_is_loaded(self):
+        name = apparmor.PROFILE
+        self.assertEqual(name, self.profile_of(f'docker-default (enforce)\n{name} (enforce)\n'))
+        for others in ('docker-default (enforce)\n', f'{name}-2 (enforce)\n', '', None):
+            self.assertIsNone(self.profile_of(others))
+
+    def test_the_profile_parses(self):
+        self.assertIn(f'\nprofile {apparmor.PROFILE} ', self.SOURCE.read_text())
+        tree = programs.unpacked('apparmor')
+        parser = [f'{tree}/sbin/apparmor_parser', '--base', f'{tree}/etc/apparmor.d', '--skip-kernel-load']
+        for features in (tree / 'etc/apparmor.d/abi').iterdir():  # what the kernels of Ubuntu and of Debian can
+            argv = [*parser, '--skip-cache', '--kernel-features', str(features), '--stdout', str(self.SOURCE)]
+            done = subprocess.run(argv, capture_output=True)
+            self.assertEqual(0, done.returncode, done.stderr)
+            self.assertIn(apparmor.PROFILE.encode(), done.stdout)
 
 
 if __name__ == '__main__':

@@ -360,6 +360,7 @@ class Packaged(unittest.TestCase):
             for path in ('./usr/bin/faas', './usr/lib/faasd/faasd.py', './usr/lib/faasd/handlers/fibonacci/handler.py',
                          './usr/lib/faasd/handlers/go/main.go', './usr/lib/faasd/handlers/node/faas.toml',
                          './usr/lib/systemd/system/faasd.service', './etc/faasd/faasd.env',
+                         './etc/apparmor.d/faas-instance',
                          './usr/lib/systemd/system/wg-quick@wg0.service.d/faasd.conf'):
                 self.assertIn(path, files)
             units = host.sh('cat /tmp/tree/usr/lib/systemd/system/*.service')

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from handlers.containers import seccomp
 from handlers.images.spec import Spec, candidates
+from host import apparmor
 
 RUNTIME = '/opt/faas/runtime.py'
 # Every instance has its own range of ids, so that no instance can signal, trace or read another, and none owns a file
@@ -48,6 +49,7 @@ class Configurations(NamedTuple):
         ):
             resources['memory']['swap'] = memory  # the sum of both: so there is no swap
         ids = [{'containerID': 0, 'hostID': base, 'size': ID_RANGE if spec.layers else 1}]
+        profile = apparmor.loaded()  # asked each time: without it a runtime refuses to start the container
         return {
             'ociVersion': '1.0.2',
             'process': {
@@ -57,6 +59,7 @@ class Configurations(NamedTuple):
                 'args': list(spec.args),
                 'capabilities': capabilities(),
                 'noNewPrivileges': True,
+                **({'apparmorProfile': profile} if profile else {}),
                 'oomScoreAdj': 500,
                 'rlimits': [
                     {'type': 'RLIMIT_NOFILE', 'hard': files, 'soft': files},
