@@ -47,8 +47,8 @@ NEEDED = {
 # What a service of root's could do to the machine by a system call. The arguments are bad: nothing can happen.
 TOO_MUCH = (
     'acct', 'add_key', 'clock_settime', 'delete_module', 'finit_module', 'init_module', 'io_uring_setup', 'ioperm',
-    'iopl', 'kexec_load', 'keyctl', 'open_by_handle_at', 'perf_event_open', 'quotactl', 'reboot', 'settimeofday', 'swapoff',
-    'swapon', 'syslog', 'userfaultfd',
+    'iopl', 'kexec_load', 'keyctl', 'open_by_handle_at', 'perf_event_open', 'quotactl', 'reboot', 'settimeofday',
+    'swapoff', 'swapon', 'syslog', 'userfaultfd',
 )  # fmt: skip
 ATTACK = """
 import ctypes, errno, json, sys
