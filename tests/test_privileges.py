@@ -6,7 +6,6 @@ import re
 import unittest
 
 from handlers.containers import seccomp
-from host.version import VERSION
 from tests import boot, images, lab, programs
 
 # An image with what takes privileges to keep and to remove: files of several owners, a sticky folder, and a folder with
@@ -136,27 +135,6 @@ class Service(unittest.TestCase):
         self.assertEqual([bind] * 3, [status[kind] for kind in ('CapBnd', 'CapEff', 'CapPrm')])
         self.assertNotIn('0', status['Uid'].split())
         self.assertEqual(('1', '2'), (status['NoNewPrivs'], status['Seccomp']))
-
-
-@lab.needs_root
-class AppArmor(unittest.TestCase):
-    def test_an_install_loads_the_profile_and_an_uninstall_removes_it(self):
-        """No kernel here has AppArmor: what would be there is made, and apparmor_parser says how it is called."""
-        with boot.lan() as lan:
-            machine = boot.Machine(lan, 'server', boot.SERVER)
-            machine.copy(lab.REPO, 'faasd')
-            machine.sh('mkdir -p /etc/apparmor.d; mount -t tmpfs security /sys/kernel/security; '
-                       'mkdir /sys/kernel/security/apparmor')
-            machine.write('/usr/sbin/apparmor_parser', '#!/bin/sh\nls "$2" >/dev/null && echo "$@" >>/root/parser\n')
-            machine.sh('chmod 755 /usr/sbin/apparmor_parser')
-            code, output = machine.type('sudo make install', 'faasd')
-            self.assertEqual(0, code, output)
-            self.assertEqual('--replace /etc/apparmor.d/faas-instance\n', machine.sh('cat /root/parser'))
-            self.assertTrue(machine.sh('cat /etc/apparmor.d/faas-instance').startswith(f'# faasd {VERSION}\n'))
-            code, output = machine.type('sudo make uninstall', 'faasd')
-            self.assertEqual(0, code, output)
-            self.assertEqual('--remove /etc/apparmor.d/faas-instance', machine.sh('tail -n 1 /root/parser').strip())
-            self.assertEqual('', machine.sh('ls /etc/apparmor.d'))
 
 
 if __name__ == '__main__':
