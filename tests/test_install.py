@@ -8,6 +8,7 @@ from tests import boot, images, lab, programs
 FIBONACCI = 'fd00:faa5:1:0::a'
 GATEWAY = 'fd00:faa5:0:100::1'
 SETTINGS = 'FAAS_VPN_ENDPOINT=faas.example.com'
+PROFILE = '/etc/apparmor.d/faas-instance'
 # What an uninstall leaves: data and keys.
 KEPT = '/etc/faasd/faasd.env /var/lib/faasd/registry.db /etc/wireguard/server_private.key /etc/wireguard/wg0.conf'
 
@@ -32,6 +33,7 @@ class Installed(unittest.TestCase):
         cls.laptop = boot.Machine(lan, 'laptop', boot.LAPTOP)
         cls.server.copy(lab.REPO, 'faasd')
         cls.laptop.copy(lab.REPO / 'faas', 'faas')
+        cls.server.sh('mkdir -p /etc/apparmor.d')
         code, output = install(cls.server, SETTINGS)
         assert code == 0, output
         cls.server.sh('faas new fibonacci')
@@ -240,22 +242,33 @@ class Installed(unittest.TestCase):
             self.assertIn(said, output)
 
     def test_uninstall_leaves_data_and_keys_and_an_install_finds_them(self):
+        self.pretend_apparmor()
         code, output = self.server.type('sudo make uninstall', 'faasd')
         self.assertEqual(0, code, output)
         self.server.sh(f'ls {KEPT}')
         self.assertEqual('', self.left(self.server))
+        self.assertEqual(f'--remove {PROFILE}\n', self.server.sh('cat /root/parser'))
         self.server.sh('wg-quick up wg0')                         # by hand: the next install gives it to the unit
         code, output = install(self.server)
         self.assertEqual(0, code, output)
         self.assertIn('34', self.here())
         self.assertTrue(is_active(self.server, 'wg-quick@wg0'))
+        self.assertEqual(f'--replace {PROFILE}\n', self.server.sh('tail -n 1 /root/parser'))
+        self.assertTrue(self.server.sh(f'cat {PROFILE}').startswith(f'# faasd {VERSION}\n'))
+
+    def pretend_apparmor(self):
+        """What would be there with AppArmor, which not all kernels have. The parser writes down how it is called."""
+        self.server.sh('mount -t tmpfs security /sys/kernel/security; mkdir /sys/kernel/security/apparmor')
+        self.addCleanup(self.server.sh, 'umount /sys/kernel/security; rm /usr/sbin/apparmor_parser /root/parser')
+        self.server.write('/usr/sbin/apparmor_parser', '#!/bin/sh\nls "$2" >/dev/null && echo "$@" >>/root/parser\n')
+        self.server.sh('chmod 755 /usr/sbin/apparmor_parser')
 
     @staticmethod
     def left(machine):
         """What is left of an installation, beside data and keys."""
         return machine.sh(
             'ls -d /usr/local/lib/faasd* /usr/local/bin/faas /usr/local/lib/systemd/system/* /run/faasd '
-            '/etc/systemd/system/*.wants/*faas* /etc/systemd/system/*.wants/wg-quick* '
+            '/etc/apparmor.d/faas* /etc/systemd/system/*.wants/*faas* /etc/systemd/system/*.wants/wg-quick* '
             '/sys/class/net/wg* /sys/fs/cgroup/*/faas* /sys/fs/cgroup/faas* 2>/dev/null; '
             'getent group faas; nft list tables; pgrep -a coredns; pgrep -af "faasd\\.py"', ok=None)
 
