@@ -23,6 +23,7 @@ import warnings
 
 from handlers.containers import bundle, containers, protocol
 from handlers.images.spec import Spec
+from handlers.serving.injection import Injector, Inside
 from host import process
 from tests import lab
 
@@ -224,6 +225,12 @@ def prepared(limits=LIMITS, run_dir='/run/faasd', name=''):
         them.close()
 
 
+@functools.cache
+def injector():
+    """Who answers the listen() calls of instances, in this process."""
+    return Injector()
+
+
 class Instance:
     """One instance as the pool would hold it: a container, its channel, its output. Ends with the context."""
 
@@ -248,6 +255,8 @@ class Instance:
             theirs.close()
             os.close(writer)
         self.pid = self.container.pid
+        self._listens = Inside(name, socket.socket.close)
+        injector().add(self.container.notifier, self._listens)
 
     def __enter__(self):
         return self
@@ -262,6 +271,7 @@ class Instance:
         """Kill it if it runs, and remove it; why it ended."""
         if self.reason is None:
             self.container.kill()
+            injector().remove(self._listens)
             self.reason = self._containers.remove(self.container)
         return self.reason
 

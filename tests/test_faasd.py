@@ -460,7 +460,7 @@ class OneServer(unittest.TestCase):
         ipv6 = self.deploy('patient', serving.example('fibonacci')).json['ipv6']
         half = (
             'import socket, sys, time\n'
-            'held = [socket.create_connection((sys.argv[1], 80)) for _ in range(60)]\n'
+            'held = [socket.create_connection((sys.argv[1], 80)) for _ in range(40)]\n'
             'for each in held: each.sendall(b"GET /?n=5 HT")\n'
             'print("held", flush=True)\n'
             'time.sleep(100)\n'

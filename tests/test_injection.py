@@ -360,6 +360,28 @@ class Serving(inside.InHost):
         self.assertLess(float(function.pool.log.last(1).split()[0]), 0.5)
 
     @inside.inside
+    def test_what_makes_answers_dear_gets_few_of_them(self):
+        """3,000 descriptors make 300,000 registrations (of a number and an open file), all to be rendered."""
+        function = Function(self.stack)
+        function.deploy(
+            1,
+            'socks = [socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) for _ in range(3000)]\n'
+            'epoll = select.epoll()\n'
+            'for turn in range(100):\n'
+            '    for number, each in enumerate(socks):\n'
+            '        os.dup2(each.fileno(), 4000 + (number + turn) % 3000)\n'
+            '        epoll.register(4000 + (number + turn) % 3000, 1)\n'
+            'keep = []\n'
+            'while True:\n'
+            '    sock = socket.socket(socket.AF_INET6)\n'
+            '    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)\n'
+            '    sock.bind(("::", 80))\n    sock.listen()\n    keep.append(sock)',
+        )
+        began = time.process_time()
+        time.sleep(3)
+        self.assertLess(time.process_time() - began, 1)
+
+    @inside.inside
     def test_what_it_does_to_its_listener_holds_up_neither_its_successor_nor_its_removal(self):
         refused = (
             'for option in (25, 44, 51, 52, 62, 68, 1 << 32 | 44):\n'
