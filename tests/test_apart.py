@@ -7,6 +7,7 @@ import pathlib
 import re
 import socket
 import struct
+import sys
 import threading
 import time
 import unittest
@@ -139,8 +140,8 @@ class Calls(unittest.TestCase):
                 started = time.monotonic()
                 self.apart.close('stuck', ours)
                 while ours.fileno() >= 0:
-                    process.run(['true'])
-                process.run(['true'])
+                    process.run([sys.executable, '-c', ''])
+                process.run([sys.executable, '-c', ''])
                 self.assertLess(time.monotonic() - started, 5)
                 self.assertEqual(1, len(self.apart._running))
         theirs.close()
