@@ -200,7 +200,7 @@ def wait_until(condition, timeout_s, what):
 
 
 def not_in_check(tests):
-    """Mark a class of tests, or one test, that needs an installed program: `make check` leaves it out."""
+    """Mark a class of tests, or one test, that needs an installed program or takes seconds: `make check` leaves it out."""
     tests.in_check = False
     return tests
 

@@ -113,6 +113,7 @@ FILE = header(tarfile.REGTYPE)
 PAX, PAX_GLOBAL, LONG_NAME = b'x', b'g', b'L'
 
 
+@lab.not_in_check
 class Cost(unittest.TestCase):
     """What is small is soon read or refused. All of these pack well: most are 1 to 20 kB when they arrive."""
 

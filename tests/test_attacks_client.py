@@ -122,6 +122,7 @@ class Flood:
         return b'xx'
 
 
+@lab.not_in_check
 class Drip(ApiCase):
     """A hostile server answers for ever, a little at a time or as fast as it can."""
 

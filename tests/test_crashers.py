@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import signal
 import socket
 import tempfile
 import threading
@@ -62,6 +63,10 @@ class Lines(unittest.TestCase):
 
 
 class Wire(unittest.TestCase):
+    def setUp(self):
+        for number in faas.SIGNALS:             # the client ignores them at its end
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+
     def test_what_is_no_request_is_answered_with_a_status(self):
         ours, theirs = socket.socketpair()
         server = mock.Mock(limits=mock.Mock(idle_s=5, whole_s=None))

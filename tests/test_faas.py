@@ -1563,6 +1563,7 @@ class TestProcess(unittest.TestCase):
                 self.assertEqual(columns > 45, '┌' in ''.join(lines), lines)
                 self.assertEqual(columns == 200, any('x' * 63 in line for line in lines), lines)
 
+    @lab.not_in_check
     def test_closed_streams_and_a_reader_that_goes(self):
         def run(case):
             unbuffered, (words, _), redirect = case

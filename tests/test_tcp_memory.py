@@ -17,7 +17,8 @@ class Watched(unittest.TestCase):
         self.events, self.ended, self.killed = [], [], []
         loop = types.SimpleNamespace(call=lambda function, *args: function(*args))
         self.function = types.SimpleNamespace(name='test', ipv6='fd00:faa5:1:0::a')
-        self.pool = types.SimpleNamespace(around=types.SimpleNamespace(loop=loop), kill=self.killed.append)
+        self.pool = types.SimpleNamespace(around=types.SimpleNamespace(loop=loop),
+                                          instances=types.SimpleNamespace(kill=self.killed.append))
         self.memory = TCPMemory(16 * MEGA, lambda area, text, **more: self.events.append(text))
 
     def look(self, sizes, end=None):
