@@ -95,7 +95,7 @@ def descriptor(data, media, **more):
 def packed(data, how):
     """`data` as None, 'gzip' or 'zstd' packs it."""
     if how == 'gzip':
-        return gzip.compress(data, 1)
+        return gzip.compress(data, 1, mtime=0)
     if how == 'zstd':
         return subprocess.run(['zstd', '-q'], input=data, capture_output=True, check=True).stdout
     return data

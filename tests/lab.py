@@ -200,7 +200,7 @@ def wait_until(condition, timeout_s, what):
 
 
 def not_in_check(tests):
-    """Mark a class of tests, or one test, that needs an installed program or takes seconds: `make check` leaves it out."""
+    """Mark tests that need an installed program or take seconds: `make check` leaves them out."""
     tests.in_check = False
     return tests
 
