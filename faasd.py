@@ -24,6 +24,7 @@ import registry
 import vpn_manager
 from control.access import Caller
 from control.api import ControlAPI
+from control.deployments import Deployments
 from control.enroll import EnrollPort, bound
 from control.events import Events, Refusals, attempt
 from control.functions import Functions
@@ -33,12 +34,13 @@ from control.peers import Peers
 from control.projection import Projection
 from control.repairs import Repairs
 from control.revisions import Revisions
-from control.server import ControlServer, Limits, Verbs
+from control.server import ControlServer, Verbs
+from control.server import Limits as ServerLimits
 from control.settings import read_settings
 from control.storage import Storage
 from control.supervisor import Supervisor
-from handlers.containers import bundle
 from handlers.containers.containers import Containers
+from handlers.containers.limits import Limits
 from handlers.containers.logs import LogCopier
 from handlers.images.layers import Layers
 from handlers.serving.apart import Apart
@@ -65,9 +67,9 @@ DISK_LOOK_S = 10
 COPY_LOOK_S = 600
 THREADS_LOOK_S = 1  # how often the main thread looks whether the others live
 
-UNIX_LIMITS = Limits(threads=16, idle_s=60)
-TUNNEL_LIMITS = Limits(threads=32, idle_s=30, whole_s=60, each_max=8)
-ENROLL_LIMITS = Limits(threads=32, idle_s=5, whole_s=10, each_max=4)
+UNIX_LIMITS = ServerLimits(threads=16, idle_s=60)
+TUNNEL_LIMITS = ServerLimits(threads=32, idle_s=30, whole_s=60, each_max=8)
+ENROLL_LIMITS = ServerLimits(threads=32, idle_s=5, whole_s=10, each_max=4)
 
 
 class Daemon:
@@ -203,12 +205,13 @@ class Daemon:
         self.revisions = Revisions(STATE, layers, layers_base, settings['max_unpacked'], self._emit)
         self.containers = Containers(
             f'faas-{self.registry.instance}',
-            bundle.Limits(settings['memory'], settings['pids'], settings['cpus']),
+            Limits(settings['memory'], settings['pids'], settings['cpus']),
             RUN,
             settings['id_base'],
             settings['cgroup'],
             settings['runtime'],
             layers_base,
+            Limits(settings['memory_max'], settings['pids_max'], settings['cpus_max']),
         )
         self._undo.callback(self.containers.close)
         live = {function.name: function.revision for function in self.registry.functions()}
@@ -265,6 +268,14 @@ class Daemon:
             self.dns,
             self.addresses,
             self.zone,
+            self._emit,
+        )
+        self.deployments = Deployments(
+            self.functions,
+            self.registry,
+            self.revisions,
+            self.addresses,
+            self.containers.bounds,
             settings['max_upload'],
             self._emit,
         )
@@ -283,7 +294,7 @@ class Daemon:
 
     def _start_api(self) -> None:
         health = Health(self._problems, self._events, self.functions.list, self.guard.kind)
-        verbs = Verbs(self.functions, self.peers, health, self.refusals)
+        verbs = Verbs(self.functions, self.deployments, self.peers, health, self.refusals)
         self._undo.callback(self.refusals.tell)
         sock = unix_socket(f'{RUN}/faasd.sock')
         self._undo.callback(files.remove_file, f'{RUN}/faasd.sock')

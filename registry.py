@@ -79,6 +79,7 @@ CREATE TABLE invites (
 MIGRATIONS = (
     (1, SCHEMA_1),
     (2, 'ALTER TABLE revisions ADD COLUMN source TEXT'),  # what the deploy took: './api', "the example 'api'"
+    (3, 'ALTER TABLE revisions ADD COLUMN config TEXT'),  # JSON: what flags and `faas config` set; see Revision.config
 )
 
 
@@ -142,11 +143,16 @@ class Function(NamedTuple):
     revision: int | None  # the number of the live one
     created: int
     source: str | None  # what the live revision was made from, None when it is not known
+    config: dict = {}  # the wants that flags and `faas config` set for the live revision (handlers.images.wants)
+
+    @classmethod
+    def of(cls, *row: object) -> 'Function':
+        """The Function of a row."""
+        return cls(*row[:-1], json.loads(row[-1] or '{}'))
 
 
-# A row of it is a Function.
-FUNCTIONS = (
-    'SELECT f.id, f.name, f.ipv6, f.revision, f.created, live.source FROM functions AS f'
+FUNCTIONS = (  # for Function.of
+    'SELECT f.id, f.name, f.ipv6, f.revision, f.created, live.source, live.config FROM functions AS f'
     ' LEFT JOIN revisions AS live ON live.function = f.id AND live.number = f.revision'
 )
 
@@ -309,14 +315,14 @@ class Registry(Database):
 
     def functions(self) -> list[Function]:
         """The functions that have a live revision, by name."""
-        return [Function(*row) for row in self._rows(f'{FUNCTIONS} WHERE f.revision NOT NULL ORDER BY f.name')]
+        return [Function.of(*row) for row in self._rows(f'{FUNCTIONS} WHERE f.revision NOT NULL ORDER BY f.name')]
 
     def function(self, name: str) -> Function:
         """The live function of that name; raises NotFound."""
         rows = self._rows(f'{FUNCTIONS} WHERE f.name = ? AND f.revision NOT NULL', name)
         if not rows:
             raise NotFound(f"there is no function '{name}'", "'faas list' shows what there is")
-        return Function(*rows[0])
+        return Function.of(*rows[0])
 
     def function_addresses(self) -> list[str]:
         """The addresses of all functions, those too whose first revision is deploying."""
@@ -342,8 +348,8 @@ class Registry(Database):
                 added = db.execute(
                     'INSERT INTO functions (deployment, name, ipv6, created) VALUES (1, ?, ?, ?)', (name, ipv6, now)
                 )
-                row = (added.lastrowid, name, ipv6, None, now, None)
-            function = Function(*row)
+                row = (added.lastrowid, name, ipv6, None, now, None, None)
+            function = Function.of(*row)
             if function.id in self._deploying:
                 raise NameTaken(f"another deploy of '{name}' is under way", 'try again when it has ended')
             number = (function.revision or 0) + 1
@@ -354,11 +360,14 @@ class Registry(Database):
             )
             return function, number
 
-    def commit_revision(self, function: Function, number: int) -> None:
-        """The deploying revision becomes the live one. The row of the one before it is deleted."""
+    def commit_revision(self, function: Function, number: int, config: dict | None = None) -> None:
+        """The deploying revision becomes the live one, with its `config`. The row of the one before it is deleted."""
         with self._change() as db:
             db.execute("DELETE FROM revisions WHERE function = ? AND state = 'live'", (function.id,))
-            db.execute("UPDATE revisions SET state = 'live' WHERE function = ? AND number = ?", (function.id, number))
+            db.execute(
+                "UPDATE revisions SET state = 'live', config = ? WHERE function = ? AND number = ?",
+                (json.dumps(config or {}), function.id, number),
+            )
             db.execute('UPDATE functions SET revision = ? WHERE id = ?', (number, function.id))
         self._deploying.discard(function.id)
 
@@ -383,7 +392,7 @@ class Registry(Database):
             for function_id, number in self._rows("SELECT function, number FROM revisions WHERE state = 'deploying'"):
                 if function_id not in self._deploying:
                     (row,) = self._rows(f'{FUNCTIONS} WHERE f.id = ?', function_id)
-                    self.abandon_revision(Function(*row), number)
+                    self.abandon_revision(Function.of(*row), number)
 
     @removal
     def remove_function(self, name: str) -> Function:

@@ -18,6 +18,7 @@ from typing import Any
 
 from control.access import Caller, may
 from control.body import Body, RequestError, json_object
+from control.deployments import Change
 from handlers.serving.instance import StartFailed
 from host.errors import FaasError
 from registry import BadInvite
@@ -44,6 +45,9 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         ('GET', '/api/health'): 'health',
         ('GET', '/api/ip/*'): 'ip',
         ('GET', '/api/logs/*'): 'logs',
+        ('GET', '/api/config/*'): 'config',
+        ('POST', '/api/config/*'): 'configure',
+        ('GET', '/api/describe/*'): 'describe',
         ('DELETE', '/api/remove/*'): 'remove',
         ('POST', '/api/vpn/create'): 'vpn_create',
         ('POST', '/api/vpn/invite'): 'vpn_invite',
@@ -177,12 +181,13 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         source = self._query.get('from')
         if source is not None and not (len(source) <= FROM_MAX and source.isprintable()):
             raise RequestError(400, f"'from' is not a line of at most {FROM_MAX} characters")
-        answer = self.server.verbs.functions.deploy(
+        answer = self.server.verbs.deployments.deploy(
             self._query.get('name', ''),
             self._body.read,
             self._body.length,
             reference=self._query.get('image'),
             source=source,
+            change=change_of(self._query.get('config', '{}').encode()),
             is_wanted=self._client_is_there,
             stop_reading=self._stop_reading,
             by=str(caller),
@@ -220,6 +225,20 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
             raise RequestError(400, "'lines' is not a number")
         text = self.server.verbs.functions.logs(name, int(lines))
         self._answer(text, content_type='text/plain; charset=utf-8')
+
+    def _config(self, caller: Caller, name: str) -> None:
+        self._json(self.server.verbs.deployments.config(name))
+
+    def _configure(self, caller: Caller, name: str) -> None:
+        change = change_of(self._body.whole())
+        self._deadline.cancel()
+        answer = self.server.verbs.deployments.configure(
+            name, change, is_wanted=self._client_is_there, by=str(caller)
+        )
+        self._json(answer)
+
+    def _describe(self, caller: Caller, name: str) -> None:
+        self._json(self.server.verbs.deployments.describe(name))
 
     def _remove(self, caller: Caller, name: str) -> None:
         self.server.verbs.functions.remove(name, str(caller))
@@ -271,6 +290,16 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         if type(admin) is not bool or not isinstance(name, (str, type(None))):
             raise RequestError(400, "'name' is a text or null, 'admin' true or false")
         self._json(self.server.verbs.peers.invite(name, expires, admin, str(caller)))
+
+
+def change_of(text: bytes) -> Change:
+    """The Change in {"set": {"memory": "512M"}, "unset": ["env.NAME"]}. Raises RequestError, BadWant."""
+    fields = json_object(text)
+    sets, unsets = fields.pop('set', {}), fields.pop('unset', [])
+    right = isinstance(sets, dict) and isinstance(unsets, list) and all(isinstance(key, str) for key in unsets)
+    if fields or not right:
+        raise RequestError(400, 'a change is not {"set": {KEY: TEXT}, "unset": [KEY]}')
+    return Change(sets, unsets)
 
 
 def peer_fields(body: bytes) -> tuple[str, str]:

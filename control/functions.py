@@ -1,10 +1,9 @@
-"""What people ask for about functions: deploy, remove, list, logs. It knows no HTTP."""
+"""The functions that are served: opens, removes, lists them. It knows no HTTP."""
 
 import collections
 import concurrent.futures
 import contextlib
 import ipaddress
-import shutil
 import socket
 import threading
 import time
@@ -17,8 +16,7 @@ from control.revisions import Revisions
 from control.tcp_memory import TCPMemory
 from dns_manager import DNSZoneManager
 from handlers.containers.containers import Container
-from handlers.images.staging import Staging
-from handlers.serving.instance import Instance, Revision, Surroundings
+from handlers.serving.instance import Revision, Surroundings
 from handlers.serving.pool import Pool
 from handlers.serving.server import Adopted, FaaSServer
 from host import sock_diag
@@ -26,7 +24,6 @@ from host.errors import EXPECTED, FaasError
 
 NETWORK = 'fd00:faa5:1::/48'
 FAILED_DEPLOY_STOP_S = 5  # how long what was opened for a deploy may take to end
-ENDING_REMOVAL_S = 2  # how long the end of faasd removes what was unpacked; the next start does the rest
 CHANGES_END_S = 60  # how long the end of faasd waits for deploys and removals
 CLOSE_EXTRA_S = 30  # beyond FAAS_STOP_TIMEOUT, until what does not end is left
 
@@ -38,18 +35,6 @@ class Ending(FaasError):
 
     def __init__(self) -> None:
         super().__init__('faasd is ending', 'try again when it runs again')
-
-
-class TooLarge(FaasError):
-    """An upload is longer than FAAS_MAX_UPLOAD."""
-
-    status = 413
-
-    def __init__(self, what: str, most: int) -> None:
-        super().__init__(
-            f'{what} more than FAAS_MAX_UPLOAD, {most}',
-            'leave out what the function does not need, or raise the setting',
-        )
 
 
 class NoListener(FaasError):
@@ -90,21 +75,6 @@ class Changes:
             self._changed.wait_for(lambda: not self._under_way, timeout=CHANGES_END_S)
 
 
-def bounded(read: Callable[[int], bytes], most: int) -> Callable[[int], bytes]:
-    """A read() for an archive of which nobody has said how long it is. It raises TooLarge after `most` bytes."""
-    left = most
-
-    def read_bounded(count: int) -> bytes:
-        nonlocal left
-        data = read(count)
-        left -= len(data)
-        if left < 0:
-            raise TooLarge('the archive is', most)
-        return data
-
-    return read_bounded
-
-
 class Functions:
     """The functions of the registry, and what serves them. `addresses` and `zone` project their rows."""
 
@@ -117,13 +87,12 @@ class Functions:
         dns: DNSZoneManager,
         addresses: Projection,
         zone: Projection,
-        max_upload: int,
         emit: Emit,
     ) -> None:
         self._registry, self._revisions, self._server, self._around = known, revisions, server, around
         self._dns, self._addresses, self._zone = dns, addresses, zone
-        self._max_upload, self._emit = max_upload, emit
-        self._tcp_memory = TCPMemory(around.containers.limits.memory, emit)
+        self._emit = emit
+        self._tcp_memory = TCPMemory(around.containers.bounds, emit)
         self.changes = Changes()
         self._opening = threading.RLock()  # held while listeners are opened and taken away
         self._open_now: dict[int, tuple[registry.Function, Pool]] = {}
@@ -258,82 +227,7 @@ class Functions:
 
     # Verbs
 
-    def deploy(
-        self,
-        name: str,
-        read: Callable[[int], bytes],
-        length: int | None,
-        *,
-        reference: str | None = None,
-        source: str | None = None,
-        is_wanted: Callable[[], bool] = lambda: True,
-        stop_reading: Callable[[], None] = lambda: None,
-        by: str,
-    ) -> dict:
-        """Deploy the archive that read(n) gives as `name`: `length` bytes, or all bytes when that is None.
-
-        `reference` says which of several images, `source` what the archive was made from, `by` who asks. The former
-        revision serves until the new one is ready. When is_wanted() says that nobody waits for the answer any more, all
-        is undone.
-        stop_reading() is called when faasd ends. read() must end then, also one that is under way.
-        """
-        registry.check_name(name, registry.RESERVED)
-        if length is not None and length > self._max_upload:
-            raise TooLarge(f'{length} bytes are', self._max_upload)
-        with self.changes.one(stop_reading), contextlib.ExitStack() as undo:
-            undo.push(lambda error, *_: self._revisions.collect_layers() if error else None)
-            staging = undo.enter_context(self._revisions.staging(reference))
-            self._receive(staging, read if length is not None else bounded(read, self._max_upload), length, is_wanted)
-            steps = undo.enter_context(contextlib.ExitStack())
-            steps.callback(attempt, self._emit, self._addresses.sync)
-            function, number = self._registry.begin_revision(name, source)
-            steps.callback(self._registry.abandon_revision, function, number)
-            folder = self._revisions.folder(function, number)
-            if function.revision is None:
-                steps.callback(shutil.rmtree, self._revisions.folder(function), ignore_errors=True)
-            staging.keep(folder)
-            steps.callback(shutil.rmtree, folder, ignore_errors=True)
-            pool = self._pool_for(function, steps)
-            instance = self._start(pool, self._revisions.load(function, number), is_wanted)
-            steps.callback(pool.discard, instance)
-            if not is_wanted():
-                raise ConnectionAbortedError
-            self._registry.commit_revision(function, number)
-            steps.pop_all()
-        pool.cut_over(instance)
-        text = f'Deployed {name} at {function.ipv6}, revision {number} ({instance.description}), by {by}'
-        self._emit('handler', text, name=name)
-        return {
-            'name': name,
-            'ipv6': function.ipv6,
-            'dns': f'{name}.faas',
-            'revision': number,
-            'warning': self._publish(function) or instance.warning,
-            'hint': instance.hint,
-        }
-
-    def _start(self, pool: Pool, revision: Revision, is_wanted: Callable[[], bool]) -> Instance:
-        """An instance that is ready. Raises Ending soon when faasd ends, and what Pool.start does."""
-        try:
-            return pool.start(revision, lambda: is_wanted() and not self.changes.ended)
-        except ConnectionAbortedError as error:
-            if self.changes.ended:
-                raise Ending from error
-            raise
-
-    def _receive(
-        self, staging: Staging, read: Callable[[int], bytes], length: int | None, is_wanted: Callable[[], bool]
-    ) -> None:
-        """Have an upload unpacked. Raises Ending soon when faasd ends, and what Staging.receive does."""
-        try:
-            staging.receive(read, length, lambda: is_wanted() and not self.changes.ended)
-        except (FaasError, OSError, EOFError) as error:
-            if self.changes.ended:
-                staging.removal_s = ENDING_REMOVAL_S
-                raise Ending from error
-            raise
-
-    def _pool_for(self, function: registry.Function, steps: contextlib.ExitStack) -> Pool:
+    def pool_for(self, function: registry.Function, steps: contextlib.ExitStack) -> Pool:
         """The pool that a revision is started in; a new function gets one. Raises NoListener."""
         if function.revision is None:
             self._addresses.sync()
@@ -345,7 +239,7 @@ class Functions:
             raise NoListener(f'{function.name} has no listener at the moment', 'try again in a minute')
         return pool
 
-    def _publish(self, function: registry.Function) -> str | None:
+    def publish(self, function: registry.Function) -> str | None:
         """Project the zone and wait until CoreDNS answers the name; a warning if that is not so."""
         try:
             self._zone.sync()
@@ -365,6 +259,19 @@ class Functions:
 
     def ipv6(self, name: str) -> str:
         return self._registry.function(name).ipv6
+
+    def instances(self, function: registry.Function) -> list[dict]:
+        """What the instances of a function are and use: see Instance.usage()."""
+        _, pool = self._open_now.get(function.id, (None, None))
+        return [
+            {
+                'revision': instance.revision.number,
+                'state': instance.state.value,
+                'age_s': round(instance.age_s(), 1),
+                **(instance.usage() or {}),
+            }
+            for instance in (pool.instances if pool else ())
+        ]
 
     def list(self) -> list[dict]:
         answer = []

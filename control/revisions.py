@@ -1,5 +1,6 @@
 """The revisions on disk: `functions/ID/REVISION/`, and the layers that they share."""
 
+import os
 import pathlib
 import shutil
 from collections.abc import Iterable
@@ -8,9 +9,16 @@ import registry
 from control.events import Emit, attempt
 from handlers.containers.logs import Log
 from handlers.images.layers import Layers, remove_tree
-from handlers.images.spec import read_spec, tree
+from handlers.images.spec import Spec, read_spec, tree
 from handlers.images.staging import Staging
 from handlers.serving.instance import Revision
+from host import files
+from host.errors import FaasError
+
+
+def link(old: str, new: str) -> None:
+    """A further name of a file or of a symbolic link."""
+    os.link(old, new, follow_symlinks=False)
 
 
 class Revisions:
@@ -28,11 +36,30 @@ class Revisions:
     def log(self, function: registry.Function) -> Log:
         return Log(f'{self.folder(function)}/log')
 
-    def load(self, function: registry.Function, number: int) -> Revision:
-        """Raises OSError, ValueError when what is on disk cannot be used."""
+    def load(self, function: registry.Function, number: int, config: dict[str, object] | None = None) -> Revision:
+        """The revision with the wants that `config` sets: those of the live one, unless others are given.
+
+        Raises OSError, ValueError when what is on disk cannot be used.
+        """
         folder = self.folder(function, number)
-        spec = read_spec(folder)
+        spec = read_spec(folder).effective(function.config if config is None else config)
         return Revision(number, folder, spec, self._layers.folder if spec.layers else tree(folder))
+
+    def described(self, function: registry.Function) -> Spec:
+        """The Spec of the live revision as its folder or image has it. Raises OSError, ValueError."""
+        return read_spec(self.folder(function, function.revision))
+
+    def copy(self, function: registry.Function, number: int) -> None:
+        """Make revision `number` from the live one: the same files, by hard links, for none is ever changed.
+
+        Raises OSError, FaasError.
+        """
+        former, new = self.folder(function, function.revision), self.folder(function, number)
+        if not os.path.exists(f'{former}/spec.json'):
+            raise FaasError(f'{function.name} was deployed by an older faasd', 'deploy it again')
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(former, new, symlinks=True, copy_function=link)
+        files.sync_file_system(new)
 
     def staging(self, reference: str | None) -> Staging:
         """`reference` says which of several images is meant."""

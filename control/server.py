@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from control.access import Caller
 from control.api import ControlAPI
+from control.deployments import Deployments
 from control.events import Refusals
 from control.functions import Functions
 from control.health import Health
@@ -28,6 +29,7 @@ class Verbs(NamedTuple):
     """What the API speaks for."""
 
     functions: Functions
+    deployments: Deployments
     peers: Peers
     health: Health
     refusals: Refusals

@@ -10,17 +10,13 @@ from typing import Any
 from control.events import printable
 from handlers.containers.bundle import ID_RANGE
 from handlers.containers.containers import ID_SLOTS
+from handlers.images.wants import to_bytes
 from host.errors import FaasError, StartError
 from vpn_manager import split_endpoint
 
 WIREGUARD_PORT = 51820
 ENV_FILE = '/etc/faasd/faasd.env'
-
-
-def size(text: str) -> int:
-    """Bytes from '300', '64K', '100M' or '2G'."""
-    factor = {'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30}.get(text[-1:].upper(), 1)
-    return int(text[:-1] if factor > 1 else text) * factor
+MACHINE_MEMORY = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
 
 
 def number(convert: Callable[[str], float], least: float, most: float) -> Callable[[str], float]:
@@ -31,6 +27,11 @@ def number(convert: Callable[[str], float], least: float, most: float) -> Callab
         return value
 
     return parse
+
+
+def at_most(convert: Callable[[str], float], most: float) -> Callable[[str], float]:
+    """0 means `most`, what the machine has."""
+    return lambda text: number(convert, 0, 1 << 50)(text) or most
 
 
 def matching(pattern: str, what: str) -> Callable[[str], str]:
@@ -61,14 +62,17 @@ SETTINGS = {  # name: (default, parser); docs/API.md has the same table, a test 
     'FAAS_ENROLL': ('invite', matching('invite|open', 'invite or open')),
     'FAAS_ENROLL_BIND': ('[::]:51820', endpoint),
     'FAAS_DNS_FORWARD': ('', resolvers),
-    'FAAS_MAX_UPLOAD': ('4G', number(size, 1 << 10, 1 << 40)),
-    'FAAS_MAX_UNPACKED': ('16G', number(size, 1 << 10, 1 << 40)),
+    'FAAS_MAX_UPLOAD': ('4G', number(to_bytes, 1 << 10, 1 << 40)),
+    'FAAS_MAX_UNPACKED': ('16G', number(to_bytes, 1 << 10, 1 << 40)),
     'FAAS_START_TIMEOUT': ('30', number(float, 0.1, 3600)),
     'FAAS_STOP_TIMEOUT': ('10', number(float, 0, 3600)),
     'FAAS_IDLE_TIMEOUT': ('900', number(float, 0, 1e9)),
-    'FAAS_MEMORY': ('256M', number(size, 16 << 20, 1 << 50)),
+    'FAAS_MEMORY': ('256M', number(to_bytes, 16 << 20, 1 << 50)),
     'FAAS_PIDS': ('128', number(int, 8, 1 << 20)),
     'FAAS_CPUS': ('1', number(float, 0.01, 4096)),
+    'FAAS_MEMORY_MAX': ('0', at_most(to_bytes, MACHINE_MEMORY)),
+    'FAAS_PIDS_MAX': ('16384', number(int, 8, 1 << 20)),
+    'FAAS_CPUS_MAX': ('0', at_most(float, os.cpu_count())),
     'FAAS_RUNTIME': ('runc', matching('runc|crun', 'runc or crun')),
     'FAAS_CGROUP': ('', matching(r'(/[\w@.-]+)*', 'the path of a cgroup from the root')),
     'FAAS_ID_BASE': ('1879048192', number(int, 65536, (1 << 31) - ID_SLOTS * ID_RANGE)),

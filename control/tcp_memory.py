@@ -1,4 +1,4 @@
-"""The kernel's memory for the connections of a function, which FAAS_MEMORY does not cover."""
+"""The kernel's memory for the connections of a function, which its limit of memory does not cover."""
 
 import errno
 import os
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import registry
 from control.events import Emit
+from handlers.containers.limits import Bounds
 from handlers.serving.pool import Pool
 from host import sock_diag
 
@@ -15,31 +16,36 @@ MACHINE_PART = 32  # of its memory. The kernel shortens all buffers when all TCP
 
 
 class TCPMemory:
-    """Ends the heaviest connections of a function whose connections take more than FAAS_MEMORY.
+    """Ends the heaviest connections of a function whose connections take more than its limit of memory.
 
     A connection takes up to 4 MiB for what its client does not read (net.ipv4.tcp_wmem), and 6 MiB for what the
     function does not. Idle ones take nothing. On a small machine the bound is less.
     """
 
-    def __init__(self, memory: int, emit: Emit) -> None:
-        """`memory` is that of an instance in bytes."""
-        machine = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-        self.most, self._emit = min(memory, machine // MACHINE_PART), emit
+    def __init__(self, bounds: Bounds, emit: Emit) -> None:
+        """`bounds` are those of instances."""
+        self._bounds, self._emit = bounds, emit
+        self._machine = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+
+    def most(self, pool: Pool) -> int:
+        """How many bytes the connections of a function may take."""
+        revision = pool.revision
+        memory = self._bounds.of(revision.spec).memory if revision else self._bounds.default.memory
+        return min(memory, self._machine // MACHINE_PART)
 
     def look(self, taken: dict[bytes, int], functions: Iterable[tuple[registry.Function, Pool]]) -> None:
         """`taken` is {address packed: bytes}. Raises OSError."""
-        if any(each > self.most for each in taken.values()):
-            for function, pool in functions:
-                amount = taken.get(socket.inet_pton(socket.AF_INET6, function.ipv6), 0)
-                if amount > self.most:
-                    self._relieve(function, pool, amount)
+        for function, pool in functions if taken else ():
+            amount = taken.get(socket.inet_pton(socket.AF_INET6, function.ipv6), 0)
+            if amount > (most := self.most(pool)):
+                self._relieve(function, pool, amount, most)
 
-    def _relieve(self, function: registry.Function, pool: Pool, amount: int) -> None:
-        text = f"its connections take {amount >> 20} MiB of the kernel's memory, and {self.most >> 20} MiB are allowed"
+    def _relieve(self, function: registry.Function, pool: Pool, amount: int, most: int) -> None:
+        text = f"its connections take {amount >> 20} MiB of the kernel's memory, and {most >> 20} MiB are allowed"
         ended, left = 0, amount
         try:
             for size, connection in sock_diag.heaviest(function.ipv6, 80):
-                if left <= self.most * AFTER:
+                if left <= most * AFTER:
                     break
                 sock_diag.end(connection)
                 ended, left = ended + 1, left - size

@@ -21,7 +21,7 @@ import traceback
 import unittest
 import warnings
 
-from handlers.containers import bundle, containers, protocol
+from handlers.containers import containers, limits, protocol
 from handlers.images.spec import Spec
 from handlers.serving.injection import Injector, Inside
 from host import process
@@ -211,7 +211,7 @@ def tunnel(laptop, private_key, server_key, ipv6):
 
 
 SPEC = Spec('handler')
-LIMITS = bundle.Limits(memory=256 << 20, pids=64, cpus=2)
+LIMITS = limits.Limits(memory=256 << 20, pids=64, cpus=2)
 
 
 @contextlib.contextmanager

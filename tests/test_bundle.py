@@ -8,6 +8,7 @@ import unittest
 import unittest.mock
 
 from handlers.containers import bundle
+from handlers.containers.limits import Bounds
 from host import apparmor
 from tests import inside, lab, programs
 
@@ -62,7 +63,7 @@ class AppArmor(unittest.TestCase):
             if loaded is not None:
                 path.write_text(loaded)
             with unittest.mock.patch.object(apparmor, 'PROFILES', str(path)):
-                made = bundle.Configurations(inside.LIMITS, 'group', '/rootfs')
+                made = bundle.Configurations(Bounds(inside.LIMITS, inside.LIMITS), 'group', '/rootfs')
                 config = made.shared('id', 'name', inside.SPEC, 0x70010000, 5, '/notify.sock')
         return config['process'].get('apparmorProfile')
 

@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import unittest
 
-from handlers.containers import bundle, containers, rootfs
+from handlers.containers import containers, rootfs
+from handlers.containers.limits import Limits
 from handlers.images.spec import Spec
 from host import process
 from tests import inside, programs
@@ -97,7 +98,7 @@ class Image(inside.InHost):
     @inside.inside
     def test_what_it_writes_is_gone_with_it_and_bounded(self):
         self.base()
-        limits = bundle.Limits(memory=64 << 20, pids=64, cpus=1)
+        limits = Limits(memory=64 << 20, pids=64, cpus=1)
         self.assertIn(
             'No space left',
             self.run_in('echo x >/written; ls /written; dd if=/dev/zero of=/fill bs=1M count=40 2>&1', limits=limits),

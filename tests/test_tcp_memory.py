@@ -7,9 +7,15 @@ import unittest
 from unittest import mock
 
 from control.tcp_memory import AFTER, MACHINE_PART, TCPMemory
+from handlers.containers.limits import Bounds, Limits
+from handlers.images import spec
 from host import sock_diag
 
 MEGA = 1 << 20
+
+
+def bounds(memory):
+    return Bounds(Limits(memory, 64, 1), Limits(memory, 64, 1))
 
 
 class Watched(unittest.TestCase):
@@ -18,8 +24,8 @@ class Watched(unittest.TestCase):
         loop = types.SimpleNamespace(call=lambda function, *args: function(*args))
         self.function = types.SimpleNamespace(name='test', ipv6='fd00:faa5:1:0::a')
         self.pool = types.SimpleNamespace(around=types.SimpleNamespace(loop=loop),
-                                          instances=types.SimpleNamespace(kill=self.killed.append))
-        self.memory = TCPMemory(16 * MEGA, lambda area, text, **more: self.events.append(text))
+                                          instances=types.SimpleNamespace(kill=self.killed.append), revision=None)
+        self.memory = TCPMemory(bounds(16 * MEGA), lambda area, text, **more: self.events.append(text))
 
     def look(self, sizes, end=None):
         address = bytes.fromhex('fd00faa500010000000000000000000a')
@@ -49,7 +55,10 @@ class Watched(unittest.TestCase):
 
     def test_a_small_machine_has_less(self):
         machine = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-        self.assertEqual(machine // MACHINE_PART, TCPMemory(machine, print).most)
+        self.assertEqual(machine // MACHINE_PART, TCPMemory(bounds(machine), print).most(self.pool))
+        asks = spec.Spec('handler', settings={'memory': 32 << 20})
+        self.pool.revision = types.SimpleNamespace(spec=asks)
+        self.assertEqual(32 << 20, TCPMemory(bounds(machine), print).most(self.pool))
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ import resource
 from typing import NamedTuple
 
 from handlers.containers import seccomp
+from handlers.containers.limits import Bounds
 from handlers.images.spec import Spec, candidates
 from host import apparmor
 
@@ -17,18 +18,10 @@ MOST_FILES = 8192  # that a process of an instance may have open
 ID_RANGE = 65536
 
 
-class Limits(NamedTuple):
-    """What one instance may use: bytes of memory, number of processes and threads, cores."""
-
-    memory: int
-    pids: int
-    cpus: float
-
-
 class Configurations(NamedTuple):
     """Makes the configurations of one server's instances. All folders share the root file system `rootfs`."""
 
-    limits: Limits
+    bounds: Bounds
     cgroup: str
     rootfs: str
 
@@ -37,7 +30,7 @@ class Configurations(NamedTuple):
 
         Whoever listens at the unix socket `notifier` is asked for each listen().
         """
-        memory, pids, cpus = self.limits
+        memory, pids, cpus, _ = self.bounds.of(spec)
         resources = {
             'memory': {'limit': memory},
             'pids': {'limit': pids},
@@ -109,7 +102,7 @@ class Configurations(NamedTuple):
         config['root'] = {'path': self.rootfs, 'readonly': True}
         config['mounts'] += [
             tmpfs('/run', '1m', '755'),
-            tmpfs('/tmp', '64m', '755'),
+            tmpfs('/tmp', str(self.bounds.of(spec).writable), '755'),
             host('/usr', '/usr'),
             host('/function', tree),
         ]

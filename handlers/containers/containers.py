@@ -16,7 +16,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from handlers.containers import bundle, protocol, rootfs
-from handlers.containers.bundle import ID_RANGE, Limits
+from handlers.containers.bundle import ID_RANGE
+from handlers.containers.limits import Bounds, Limits, usage
 from handlers.images.spec import Spec
 from host import process, sock_diag
 from host.errors import EXPECTED, FaasError
@@ -43,8 +44,10 @@ class Containers:
         cgroup: str = '',
         runtime: str = 'runc',
         layers_base: int | None = None,
+        most: Limits | None = None,
     ) -> None:
-        self.prefix, self.limits, self._id_base = prefix, limits, id_base
+        self.prefix, self._id_base = prefix, id_base
+        self.bounds = Bounds(limits, most or limits)
         self._layers_base = layers_base or id_base  # the first of the ids that own the files of layers
         self._cgroup = f'{cgroup}/{prefix}'
         self._rootfs, self._instances = os.path.join(run_dir, 'rootfs'), os.path.join(run_dir, 'instances')
@@ -52,7 +55,7 @@ class Containers:
         self._roots = {each: os.path.join(run_dir, each) for each in ('runc', 'crun')}
         self._runtime = (runtime, '--root', self._roots[runtime])
         self._slots, self._lock = set(), threading.Lock()
-        self._configurations = bundle.Configurations(limits, self._cgroup, self._rootfs)
+        self._configurations = bundle.Configurations(self.bounds, self._cgroup, self._rootfs)
         self._leftovers: dict[str, Container | None] = {}  # id → its ended container, if that had a process
         self._remover, self._closing = None, False
         self._mappings = {}  # (first inner id, first id, how many) → the user namespace that maps them
@@ -112,7 +115,7 @@ class Containers:
             os.close(pidfd)
             return record, None
         self._slots.add((base - self._id_base) // ID_RANGE)
-        return record, Container(ident, pid, pidfd, base)
+        return record, Container(ident, pid, pidfd, base, record.get('memory', self.bounds.default.memory))
 
     def remove_leftovers(self) -> None:
         """Begin to remove what prepare() has ended, in a thread of its own. close() ends that thread."""
@@ -194,6 +197,7 @@ class Containers:
                     'start_time': None,
                     'stop_signal': spec.stop_signal,
                     'listener': cookie,
+                    'memory': self.bounds.of(spec).memory,
                 }
                 self._write(bundle_dir, 'record.json', record)
                 notifier = undo.enter_context(listening(os.path.join(bundle_dir, NOTIFIER), 0o600))
@@ -211,7 +215,7 @@ class Containers:
                 with open(os.path.join(bundle_dir, 'pid')) as file:
                     pid = int(file.read())
                 self._write(bundle_dir, 'record.json', record | {'pid': pid, 'start_time': process.start_time(pid)})
-                container = Container(ident, pid, os.pidfd_open(pid), base, control, notifier)
+                container = Container(ident, pid, os.pidfd_open(pid), base, record['memory'], control, notifier)
                 undo.pop_all()
                 return container
         except BaseException as error:
@@ -223,13 +227,13 @@ class Containers:
 
     def _run(self, ident, name, spec, tree, bundle_dir, base, fds):
         """Let the OCI runtime start the container with the descriptors `fds`."""
-        make = self._configurations
+        make, limits = self._configurations, self.bounds.of(spec)
         users = self._mapping(0, base, ID_RANGE if spec.layers else 1)
         config = make.shared(ident, name, spec, base, users, os.path.join(bundle_dir, NOTIFIER))
         if spec.layers:
             layers = [os.path.join(tree, layer) for layer in spec.layers]
             owners = self._mapping(self._layers_base, base, ID_RANGE)
-            root = rootfs.mount(self._image, layers, owners, self.limits.memory // 2, base)
+            root = rootfs.mount(self._image, layers, owners, limits.writable, base)
             make.add_image(config, spec, root, *rootfs.find_user(root, spec.user))
         else:
             make.add_folder(config, spec, tree)
@@ -239,7 +243,7 @@ class Containers:
         user = config['process']['user']
         os.fchown(fds[1], base + user['uid'], base + user['gid'])
         self._write(bundle_dir, 'config.json', config)
-        bound_sockets(f'{MEMORY_V1}{self._cgroup}/{ident}', self.limits.memory)
+        bound_sockets(f'{MEMORY_V1}{self._cgroup}/{ident}', limits.memory)
         pid_file, errors = os.path.join(bundle_dir, 'pid'), os.path.join(bundle_dir, 'runtime.log')
         # No session keyring: a host that is itself a container may refuse one, and keyctl is refused to functions.
         run = ['run', '--detach', '--no-new-keyring', '--bundle', bundle_dir, '--pid-file', pid_file]
@@ -265,7 +269,7 @@ class Containers:
         signals = {128 + number: number.name for number in signal.Signals}
         reason = f'ended by {signals[code]}' if code in signals else f'ended with exit code {code}'
         if code in (137, 143) and self._out_of_memory(container.ident):
-            reason = f'ran out of memory (the limit is {self.limits.memory >> 20} MiB)'
+            reason = f'ran out of memory (the limit is {container.memory >> 20} MiB)'
         self._delete(container.ident)
         with self._lock:
             self._slots.discard((container.base - self._id_base) // ID_RANGE)
@@ -315,6 +319,10 @@ class Containers:
                         if entry.is_dir(follow_symlinks=False):
                             os.rmdir(entry.path)
                 os.rmdir(where)
+
+    def usage(self, container: 'Container') -> dict[str, float]:
+        """What the container uses: see limits.usage()."""
+        return usage(os.path.join(where, container.ident) for where in self._cgroups())
 
     def _out_of_memory(self, ident):
         for where in self._cgroups():
@@ -379,6 +387,8 @@ def listening(path: str, mode: int) -> socket.socket:
 class Container(NamedTuple):
     """A running container: the id for the runtime, the first process as pid and pidfd (owned), the first host id.
 
+    `memory` is its limit in bytes.
+
     `notifier` (owned) is where runc brings the seccomp notification descriptor; None after an adoption. A program
     without a channel has `control`, too: /control.sock, which is the instance's to close.
     """
@@ -387,6 +397,7 @@ class Container(NamedTuple):
     pid: int
     pidfd: int
     base: int
+    memory: int
     control: socket.socket | None = None
     notifier: socket.socket | None = None
 

@@ -7,7 +7,7 @@ import select
 import threading
 import time
 
-LOG_LIMIT = 1 << 20  # bytes of a log file; one older file is kept
+LOG_LIMIT = 1 << 20  # bytes of a log file, unless the function asks for another; one older file is kept
 TAIL_LINES = 20
 LINE_LIMIT = 4096
 COPY_PERIOD_S = 0.01  # between two turns of the copier: in each a function gets at most one pipe copied
@@ -17,7 +17,7 @@ class Log:
     """The output of a function's instances, in a file of limited size."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self.path, self.limit = path, LOG_LIMIT
         self._lock = threading.Lock()
 
     def append(self, data: bytes) -> None:
@@ -25,7 +25,7 @@ class Log:
         with self._lock, contextlib.suppress(OSError):
             with open(self.path, 'ab') as file:
                 file.write(data)
-                full = file.tell() >= LOG_LIMIT
+                full = file.tell() >= self.limit
             if full:
                 os.replace(self.path, f'{self.path}.1')
 
@@ -34,7 +34,7 @@ class Log:
         data = b''
         for path in (f'{self.path}.1', self.path):
             with contextlib.suppress(OSError), open(path, 'rb') as file:
-                data += file.read(2 * LOG_LIMIT)
+                data += file.read(2 * self.limit)
         return b''.join(data.splitlines(keepends=True)[-lines:]) if lines else b''
 
 

@@ -13,6 +13,7 @@ import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from handlers.images import wants
 from handlers.images.streams import ImageError, Section, SectionReader, show
 from handlers.images.tar import HINT, members, parts
 
@@ -267,6 +268,11 @@ def image_spec(config: dict, layers: list[str]) -> dict:
             raise ImageError(f"the config's ExposedPorts: {show(port)} is not a port")
         if found[2] in (None, 'tcp'):
             ports.add(int(found[1]))
+    labels = of(inner.get('Labels') or {}, dict, "the config's Labels")
+    try:
+        settings = wants.from_labels(labels)
+    except wants.BadWant as error:
+        raise ImageError(str(error), error.hint) from error
     return {
         'kind': 'image',
         'args': args,
@@ -276,6 +282,7 @@ def image_spec(config: dict, layers: list[str]) -> dict:
         'ports': sorted(ports),
         'stop_signal': signal_name(text_of(inner, 'StopSignal') or 'SIGTERM'),
         'layers': layers,
+        'settings': settings,
     }
 
 

@@ -6,10 +6,10 @@ import pathlib
 import py_compile
 import re
 import resource
-import shlex
 import tomllib
 from collections.abc import Callable
 
+from handlers.images import wants
 from handlers.images.streams import ImageError, Reader, Section, SectionReader, show
 from handlers.images.tar import Member, members
 
@@ -112,15 +112,6 @@ def do_folder(section: Section, name: str, count: Callable[[int], None]) -> dict
     return folder_spec()
 
 
-SETTINGS = {  # a setting of faas.toml → what a value must be
-    'command': 'a text or a list of texts',
-    'port': 'a number from 1 to 65535',
-    'start_timeout': 'a number of seconds from 0.1 to 3600',
-    'concurrency': 'a number from 1 to 100000',
-    'env': 'a table of texts',
-}
-
-
 def folder_spec() -> dict:
     """The fields of a spec.Spec, for the function in the current folder. Raises ImageError."""
     settings = faas_toml()
@@ -131,15 +122,11 @@ def folder_spec() -> dict:
             'there is no handler.py in the folder, no command in a faas.toml, and no Procfile',
             f'there is a {seen}: {ALMOST[seen]}' if seen else ENTRY_HINT,
         )
-    port = settings.pop('port', None)
     return {
         'kind': 'command' if command else 'handler',
         'args': command or [],
-        'env': settings.get('env', {}),
         'cwd': '/function',
-        'ports': [port] if port else [],
-        'start_timeout_s': settings.get('start_timeout'),
-        'concurrency': settings.get('concurrency'),
+        'settings': settings,
     }
 
 
@@ -160,53 +147,17 @@ def read_settings(name: str) -> str | None:
 
 
 def faas_toml() -> dict:
-    """The checked settings of faas.toml, {} without one. The command is a list. Raises ImageError."""
+    """The normalised wants in faas.toml, {} without one. Raises ImageError."""
     text = read_settings('faas.toml') or ''
     try:
         settings = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         why = ' '.join(str(error).split())[:200]
         raise ImageError(f'faas.toml is not TOML: {why}', 'such as: command = ["node", "server.js"]') from error
-    unknown = sorted(settings.keys() - SETTINGS.keys())
-    if unknown:
-        raise ImageError(
-            f'faas.toml: there is no setting {", ".join(map(show, unknown[:9]))}', f'there is: {", ".join(SETTINGS)}'
-        )
-    if isinstance(settings.get('command'), str):
-        settings['command'] = split(settings['command'], 'faas.toml: command')
-    for key, value in settings.items():
-        if not suits(key, value):
-            raise ImageError(f'faas.toml: {key} must be {SETTINGS[key]}', f'there is: {", ".join(SETTINGS)}')
-    return settings
-
-
-def suits(key: str, value: object) -> bool:
-    """True if that setting of faas.toml may have the value."""
-    if key == 'command':
-        return isinstance(value, list) and bool(value and all(map(is_text, value)) and value[0])
-    if key == 'env':
-        return isinstance(value, dict) and all(
-            re.fullmatch('[A-Za-z_][A-Za-z0-9_]*', name) and is_text(text) for name, text in value.items()
-        )
-    if type(value) is not int and not (key == 'start_timeout' and type(value) is float):
-        return False
-    least, most = {'port': (1, 65535), 'start_timeout': (0.1, 3600), 'concurrency': (1, 100_000)}[key]
-    return least <= value <= most
-
-
-def is_text(value: object) -> bool:
-    return isinstance(value, str) and '\0' not in value
-
-
-def split(line: str, what: str) -> list[str]:
-    """The words of a command line. Raises ImageError."""
     try:
-        words = shlex.split(line)
-    except ValueError as error:
-        raise ImageError(f'{what}: {error}') from error
-    if not words or not words[0] or '\0' in line:
-        raise ImageError(f'{what} is not a command')
-    return words
+        return wants.checked(settings, 'faas.toml')
+    except wants.BadWant as error:
+        raise ImageError(str(error), error.hint) from error
 
 
 def procfile() -> list[str] | None:
@@ -218,4 +169,7 @@ def procfile() -> list[str] | None:
     if len(lines) != 1:
         raise ImageError(f'the Procfile has {len(lines)} lines, not one', 'leave the one that serves')
     name, colon, command = lines[0].partition(':')
-    return split(command if colon and re.fullmatch(r'[A-Za-z0-9_-]+', name) else lines[0], 'the Procfile')
+    try:
+        return wants.split(command if colon and re.fullmatch(r'[A-Za-z0-9_-]+', name) else lines[0])
+    except wants.BadWant as error:
+        raise ImageError(f'the Procfile: {error}') from error

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from typing import NamedTuple
 
+from handlers.images import wants
 from handlers.images.archive import MOST_LAYERS
 
 NOBODY = 65534
@@ -18,6 +19,8 @@ class Spec(NamedTuple):
 
     kind is 'handler' (a handler.py), 'command' (args in a folder) or 'image' (args in `layers`: hex digests, the bottom
     one first). user is '' for root, else as the image has it. ports are the TCP ports that it says it serves.
+    settings are the normalised wants (see wants.KEYS) of the folder or the image; of the Spec that an instance gets
+    also those of the function, which its other fields have, too.
     """
 
     kind: str
@@ -30,6 +33,19 @@ class Spec(NamedTuple):
     layers: tuple[str, ...] = ()
     start_timeout_s: float | None = None
     concurrency: int | None = None
+    settings: dict[str, object] = {}
+
+    def effective(self, config: dict[str, object]) -> 'Spec':
+        """With what `config`, the wants of flags and `faas config`, sets above those of the folder or the image."""
+        found = wants.merged(self.settings, config)
+        texts = {name: value for name, value in found.get('env', {}).items() if isinstance(value, str)}
+        return self._replace(
+            env=self.env | texts,
+            ports=(found['port'],) if 'port' in found else self.ports,
+            start_timeout_s=found.get('start_timeout', self.start_timeout_s),
+            concurrency=found.get('concurrency', self.concurrency),
+            settings=found,
+        )
 
     def to_json(self) -> str:
         return json.dumps(self._asdict(), indent=1) + '\n'
@@ -61,12 +77,20 @@ class Spec(NamedTuple):
             ('layers', is_tuple(spec.layers, is_hex) and len(spec.layers) <= MOST_LAYERS),
             ('start_timeout_s', spec.start_timeout_s is None or is_number(spec.start_timeout_s, 0.1, 3600)),
             ('concurrency', spec.concurrency is None or is_int(spec.concurrency, 1, 100_000)),
+            ('settings', are_wants(spec.settings)),
         ):
             if not right:
                 raise ValueError(f"the spec's {name} is not valid")
         if (spec.kind != 'handler' and not (spec.args and spec.args[0])) or (spec.kind == 'image') != bool(spec.layers):
             raise ValueError(f'the spec does not have what the kind {spec.kind} needs')
         return spec
+
+
+def are_wants(value: object) -> bool:
+    try:
+        return isinstance(value, dict) and wants.checked(value, '') == value
+    except wants.BadWant:
+        return False
 
 
 def is_text(value: object) -> bool:

@@ -164,6 +164,11 @@ class Instance:
         """Hand over `connection` (consumed). False when it takes no more at the moment; the caller keeps it then."""
         raise NotImplementedError
 
+    def usage(self) -> dict[str, float] | None:
+        """What its container uses (see limits.usage), None without one. From any thread."""
+        container = self._container
+        return self._around.containers.usage(container) if container else None
+
     def stop(self, idle_s: float, within_s: float) -> None:
         """Let it finish what it holds, close idle connections after idle_s, and kill what remains after within_s."""
         raise NotImplementedError
@@ -255,7 +260,7 @@ class Instance:
             self.kill(*self._not_up())
 
     def _not_up(self):
-        limit = 'start_timeout of faas.toml' if self.revision.spec.start_timeout_s else 'FAAS_START_TIMEOUT'
+        limit = 'its start_timeout' if self.revision.spec.start_timeout_s else 'FAAS_START_TIMEOUT'
         return f'not ready within {self._start_timeout_s:g} s ({limit})', None
 
     def kill(self, reason: str, hint: str | None = None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from handlers.containers.bundle import ID_RANGE
 from handlers.containers.containers import Container
-from handlers.containers.logs import Log
+from handlers.containers.logs import LOG_LIMIT, Log
 from handlers.serving import scaler
 from handlers.serving.connection import ConnectionCounts, Waiting
 from handlers.serving.instance import Instance, InstanceState, Revision, ServingMode, StartFailed, Surroundings
@@ -68,6 +68,7 @@ class Pool(ForOtherThreads):
     ) -> None:
         """`revision` is the live one, None before the first."""
         self.name, self.log, self.around, self.revision = name, log, around, revision
+        self._set_log_limit()
         self.crash_reason: str | None = None  # why the last instance ended that should not have
         self.instances = InstanceSet(lambda folder: around.workers.submit(around.forget, folder))
         self._make = make
@@ -78,9 +79,15 @@ class Pool(ForOtherThreads):
         self._trials = Trials(around)
         self._rollout: Rollout | None = None  # the last one that has cut over and drains
         self._waiting = Waiting()
-        self._scaler = Scaler(around.idle_timeout_s, around.clock())
+        self._scaler = Scaler(self.idle_timeout_s, around.clock())
         self._closed: concurrent.futures.Future | None = None
         self._counts = ConnectionCounts()
+
+    @property
+    def idle_timeout_s(self) -> float:
+        """After which time without connections its instance is stopped; 0: never."""
+        asked = self.revision.spec.settings.get('idle') if self.revision else None
+        return self.around.idle_timeout_s if asked is None else asked
 
     def status(self) -> tuple[str, str | None]:
         """(status, reason or None) as the API says it."""
@@ -310,6 +317,8 @@ class Pool(ForOtherThreads):
             self.around.emit('handler', f'{self.name}: no listener for an instance: {error}', name=self.name)
             self._serving = rollout.fall_back(self._serving)
         former, self.revision = self.revision, revision
+        self._scaler.idle_timeout_s = self.idle_timeout_s
+        self._set_log_limit()
         if former is not None and former.folder != revision.folder:
             self.instances.replaced(former.folder)
             self._scaler.recovered()  # those failures were of other code
@@ -328,6 +337,10 @@ class Pool(ForOtherThreads):
             self._rollout = rollout
         self._serving = rollout.successor
 
+    def _set_log_limit(self):
+        if self.revision:
+            self.log.limit = self.revision.spec.settings.get('log', LOG_LIMIT)
+
     def _scale_to_zero(self):
         """Stop the instance of a function that nobody uses. The next connection starts one."""
         rollout = Rollout(self._group, self.around)
@@ -337,7 +350,7 @@ class Pool(ForOtherThreads):
             self._roll_out(rollout)
         except OSError:  # it is looked at again in a second
             return
-        self.around.emit('handler', f'{self.name}: idle for {self.around.idle_timeout_s:g} s, stopped', name=self.name)
+        self.around.emit('handler', f'{self.name}: idle for {self.idle_timeout_s:g} s, stopped', name=self.name)
         self._set_accepting(True)
 
     # Ends

@@ -37,14 +37,14 @@ class Scaler:
     """Remembers what `instances_wanted` needs to know of one function."""
 
     def __init__(self, idle_timeout_s: float, now: float) -> None:
-        self._idle_timeout_s, self._last_use = idle_timeout_s, now
+        self.idle_timeout_s, self._last_use = idle_timeout_s, now
         self._failures, self._last_failure = 0, now
 
     def wanted(self, now: float, instances: int, waiting: bool) -> int:
         """How many instances there should be."""
         return instances_wanted(
             Situation(
-                now, instances, waiting, self._last_use, self._failures, self._last_failure, self._idle_timeout_s
+                now, instances, waiting, self._last_use, self._failures, self._last_failure, self.idle_timeout_s
             )
         )
 
