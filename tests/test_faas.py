@@ -1592,8 +1592,10 @@ class TestProcess(unittest.TestCase):
             server.bind(f'{folder}/s')
             server.listen()
             for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
+                former = signal.signal(signal.SIGHUP, signal.SIG_DFL)   # nohup leaves it ignored
                 process = subprocess.Popen([sys.executable, FAAS, 'list'], stderr=subprocess.PIPE, text=True,
                                            env={**os.environ, 'FAAS_SOCKET': f'{folder}/s'})
+                signal.signal(signal.SIGHUP, former)
                 with server.accept()[0]:
                     for _ in range(50):
                         process.send_signal(number)
