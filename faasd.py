@@ -34,6 +34,7 @@ from control.peers import Peers
 from control.projection import Projection
 from control.repairs import Repairs
 from control.revisions import Revisions
+from control.secrets import Secrets
 from control.server import ControlServer, Verbs
 from control.server import Limits as ServerLimits
 from control.settings import read_settings
@@ -203,6 +204,8 @@ class Daemon:
         layers.prepare()
         layers_base = layers.id_base(settings['id_base'])
         self.revisions = Revisions(STATE, layers, layers_base, settings['max_unpacked'], self._emit)
+        self.secrets = Secrets(f'{STATE}/secrets')
+        self._storage.add([self.secrets.folder])
         self.containers = Containers(
             f'faas-{self.registry.instance}',
             Limits(settings['memory'], settings['pids'], settings['cpus']),
@@ -212,6 +215,7 @@ class Daemon:
             settings['runtime'],
             layers_base,
             Limits(settings['memory_max'], settings['pids_max'], settings['cpus_max']),
+            self.secrets,
         )
         self._undo.callback(self.containers.close)
         live = {function.name: function.revision for function in self.registry.functions()}
@@ -276,6 +280,7 @@ class Daemon:
             self.revisions,
             self.addresses,
             self.containers.bounds,
+            self.secrets,
             settings['max_upload'],
             self._emit,
         )
@@ -294,7 +299,7 @@ class Daemon:
 
     def _start_api(self) -> None:
         health = Health(self._problems, self._events, self.functions.list, self.guard.kind)
-        verbs = Verbs(self.functions, self.deployments, self.peers, health, self.refusals)
+        verbs = Verbs(self.functions, self.deployments, self.secrets, self.peers, health, self.refusals)
         self._undo.callback(self.refusals.tell)
         sock = unix_socket(f'{RUN}/faasd.sock')
         self._undo.callback(files.remove_file, f'{RUN}/faasd.sock')

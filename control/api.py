@@ -49,6 +49,9 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         ('POST', '/api/config/*'): 'configure',
         ('GET', '/api/describe/*'): 'describe',
         ('DELETE', '/api/remove/*'): 'remove',
+        ('GET', '/api/secret'): 'secrets',
+        ('POST', '/api/secret/*'): 'set_secret',
+        ('DELETE', '/api/secret/*'): 'remove_secret',
         ('POST', '/api/vpn/create'): 'vpn_create',
         ('POST', '/api/vpn/invite'): 'vpn_invite',
         ('GET', '/api/vpn/list'): 'vpn_list',
@@ -242,6 +245,18 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
 
     def _remove(self, caller: Caller, name: str) -> None:
         self.server.verbs.functions.remove(name, str(caller))
+        self._answer(b'')
+
+    def _secrets(self, caller: Caller, _: None) -> None:
+        self._json(self.server.verbs.deployments.secrets())
+
+    def _set_secret(self, caller: Caller, name: str) -> None:
+        value = self._body.whole()
+        self._deadline.cancel()
+        self._json(self.server.verbs.deployments.set_secret(name, value, str(caller)))
+
+    def _remove_secret(self, caller: Caller, name: str) -> None:
+        self.server.verbs.deployments.remove_secret(name, str(caller))
         self._answer(b'')
 
     def _vpn_create(self, caller: Caller, _: None) -> None:

@@ -9,6 +9,7 @@ from control.events import Emit, attempt
 from control.functions import Ending, Functions
 from control.projection import Projection
 from control.revisions import Revisions
+from control.secrets import SecretInUse, Secrets, users
 from handlers.containers.limits import Bounds
 from handlers.images import wants
 from handlers.images.spec import Spec
@@ -58,11 +59,12 @@ class Deployments:
         revisions: Revisions,
         addresses: Projection,
         bounds: Bounds,
+        secrets: Secrets,
         max_upload: int,
         emit: Emit,
     ) -> None:
         self._functions, self._registry, self._revisions, self._addresses = functions, known, revisions, addresses
-        self._bounds, self._max_upload, self._emit = bounds, max_upload, emit
+        self._bounds, self._secrets, self._max_upload, self._emit = bounds, secrets, max_upload, emit
 
     # Verbs
 
@@ -113,6 +115,49 @@ class Deployments:
         """Put a new revision with the same code and the same wants in the place of the live one. Raises NotFound."""
         return self._same_code(name, Change(), lambda: True, 'Redeployed', f'since {why}')
 
+    # Secrets
+
+    def set_secret(self, name: str, value: bytes, by: str) -> dict:
+        """Keep a secret, and redeploy who wants it: {'changed', 'redeployed': [NAME], 'failed': [NAME: why]}.
+
+        Raises FaasError, OSError.
+        """
+        with self._functions.changes.one():
+            changed = self._secrets.set(name, value)
+        redeployed, failed = [], []
+        if changed:
+            self._emit('secret', f'Set the secret {name}, by {by}')
+        for function in self._users(name) if changed else ():
+            try:
+                self.redeploy(function, f'the secret {name} has changed')
+                redeployed.append(function)
+            except (FaasError, OSError) as error:  # it goes on with the former value
+                failed.append(f'{function}: {error}')
+                self._emit('secret', f'{function} goes on without the new value of {name}: {error}', problem=True)
+        return {'changed': changed, 'redeployed': redeployed, 'failed': failed}
+
+    def remove_secret(self, name: str, by: str) -> None:
+        """Raises NoSecret, SecretInUse."""
+        with self._functions.changes.one():
+            if wanted_by := self._users(name):
+                hint = f'first: faas config {wanted_by[0]} --unset …, or take it from its folder or image'
+                raise SecretInUse(f'the secret {name} is wanted by {", ".join(wanted_by)}', hint)
+            self._secrets.remove(name)
+        self._emit('secret', f'Removed the secret {name}, by {by}')
+
+    def secrets(self) -> list[dict]:
+        """[{'name', 'set', 'functions'}]"""
+        return [
+            {'name': name, 'set': when, 'functions': self._users(name)} for name, when in self._secrets.names().items()
+        ]
+
+    def _users(self, name: str) -> list[str]:
+        wanted = []
+        for function in self._registry.functions():
+            with contextlib.suppress(FaasError):  # one that cannot be read wants nothing until it is deployed again
+                wanted.append((function.name, self._described(function).effective(function.config).settings))
+        return users(name, wanted)
+
     def _same_code(
         self, name: str, change: 'Change', is_wanted: Callable[[], bool], verb: str, more: str
     ) -> dict:
@@ -156,6 +201,7 @@ class Deployments:
             put(function, number)
             revision = self._revisions.load(function, number, config)
             self._bounds.check(revision.spec)
+            self._secrets.check(revision.spec.settings)
             pool = self._functions.pool_for(function, steps)
             instance = self._up(pool, revision, is_wanted)
             steps.callback(pool.discard, instance)

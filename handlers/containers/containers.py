@@ -13,7 +13,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from handlers.containers import bundle, protocol, rootfs
 from handlers.containers.bundle import ID_RANGE
@@ -32,6 +32,16 @@ class ContainerError(FaasError):
     """The OCI runtime could not start a container."""
 
 
+class SecretStore(Protocol):
+    """Gives the values of secrets. Both raise FaasError."""
+
+    def get(self, name: str) -> bytes:
+        """The value."""
+
+    def variable(self, key: str, name: str) -> str:
+        """The value as that of the environment variable `key`."""
+
+
 class Containers:
     """Makes and removes the containers of one server. Other servers on the same kernel have another `prefix`."""
 
@@ -45,9 +55,10 @@ class Containers:
         runtime: str = 'runc',
         layers_base: int | None = None,
         most: Limits | None = None,
+        secret_store: SecretStore | None = None,
     ) -> None:
         self.prefix, self._id_base = prefix, id_base
-        self.bounds = Bounds(limits, most or limits)
+        self.bounds, self._secret_store = Bounds(limits, most or limits), secret_store
         self._layers_base = layers_base or id_base  # the first of the ids that own the files of layers
         self._cgroup = f'{cgroup}/{prefix}'
         self._rootfs, self._instances = os.path.join(run_dir, 'rootfs'), os.path.join(run_dir, 'instances')
@@ -242,6 +253,7 @@ class Containers:
         # The instance must own its output to open /dev/stdout, where the log files of many images lead.
         user = config['process']['user']
         os.fchown(fds[1], base + user['uid'], base + user['gid'])
+        self._add_secrets(config, spec, bundle_dir, base)
         self._write(bundle_dir, 'config.json', config)
         bound_sockets(f'{MEMORY_V1}{self._cgroup}/{ident}', limits.memory)
         pid_file, errors = os.path.join(bundle_dir, 'pid'), os.path.join(bundle_dir, 'runtime.log')
@@ -249,9 +261,27 @@ class Containers:
         run = ['run', '--detach', '--no-new-keyring', '--bundle', bundle_dir, '--pid-file', pid_file]
         run += ['--preserve-fds', '1'] if protocol.CHANNEL_FD in fds else []
         code = process.run_with_fds([*bundle.limited(), *self._runtime, '--log', errors, *run, ident], fds)
+        os.unlink(os.path.join(bundle_dir, 'config.json'))  # the runtime has read it, and it may hold secrets
         if code:
             said = runtime_said(errors) or f'{self._runtime[0]} ended with exit code {code}'
             raise ContainerError(*program_missing(said, spec) or (said,))
+
+    def _add_secrets(self, config, spec, bundle_dir, base):
+        """The secrets that the Spec wants, as files in memory, and as variables."""
+        for key, value in spec.settings.get('env', {}).items():
+            if isinstance(value, dict):
+                config['process']['env'].append(f'{key}={self._secret_store.variable(key, value["secret"])}')
+        if not (names := spec.settings.get('secrets')):
+            return
+        folder, user = os.path.join(bundle_dir, 'secrets'), config['process']['user']
+        os.mkdir(folder, 0o700)
+        for name in names:
+            path = os.path.join(folder, name)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), 'wb') as file:
+                file.write(self._secret_store.get(name))
+            os.chown(path, base + user['uid'], base + user['gid'])
+        os.chmod(folder, 0o755)  # inside; the folder of the bundle is root's alone
+        config['mounts'].append(bundle.host('/run/secrets', folder))
 
     def _mapping(self, inner, base, size):
         """The user namespace that maps `size` ids from `inner` to those from `base`. It is made once and kept.
@@ -300,7 +330,8 @@ class Containers:
 
     @staticmethod
     def _write(bundle_dir: str, name: str, content: dict) -> None:
-        with open(os.path.join(bundle_dir, name), 'w') as file:
+        path = os.path.join(bundle_dir, name)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 'w') as file:
             json.dump(content, file)
 
     def _cgroups(self):

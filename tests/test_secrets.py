@@ -1,0 +1,153 @@
+"""Secrets: who gets a value, and that nobody else can find it."""
+
+import os
+import pathlib
+import tempfile
+import unittest
+import unittest.mock
+
+from control import secrets
+from handlers.images import wants
+from host.errors import FaasError
+from tests import images, lab, programs, serving
+
+READS = """
+import os
+
+def app(environ, start_response):
+    start_response('200 OK', [('Content-Type', 'text/plain')])
+    info = os.stat('/run/secrets/KEY')
+    with open('/run/secrets/KEY') as file:
+        return [f'{file.read()} {os.environ["TOKEN"]} {info.st_mode & 0o777:o} {info.st_uid}'.encode()]
+"""
+
+
+class Store(unittest.TestCase):
+    def setUp(self):
+        self.folder = self.enterContext(tempfile.TemporaryDirectory())
+        self.store = secrets.Secrets(f'{self.folder}/secrets')
+
+    def without_creds(self):
+        return unittest.mock.patch('shutil.which', lambda name: None)
+
+    def test_values_are_kept_in_files_that_root_alone_reads(self):
+        with self.without_creds():
+            self.assertTrue(self.store.set('KEY', b'\0\xff value'))
+            self.assertFalse(self.store.set('KEY', b'\0\xff value'))
+        again = secrets.Secrets(self.store.folder)
+        self.assertEqual(b'\0\xff value', again.get('KEY'))
+        self.assertEqual(['KEY'], list(again.names()))
+        self.assertEqual(0o600, os.stat(f'{self.store.folder}/KEY').st_mode & 0o777)
+        self.assertEqual(0o700, os.stat(self.store.folder).st_mode & 0o777)
+        again.remove('KEY')
+        with self.assertRaises(secrets.NoSecret) as caught:
+            again.get('KEY')
+        self.assertIn('faas secret set KEY', caught.exception.hint)
+
+    def test_names_that_are_paths_or_too_long_are_refused(self):
+        for name in ('', '.', '..', '../x', 'a/b', '-x', 'x' * 65, 'a\nb', 'x.cred', 'ü'):
+            with self.subTest(name), self.assertRaises(FaasError):
+                self.store.set(name, b'x')
+            with self.subTest(name), self.assertRaises(secrets.NoSecret):
+                self.store.get(name)
+        for value in (b'', bytes(secrets.MOST_VALUE + 1)):
+            with self.assertRaises(wants.BadWant):
+                self.store.set('KEY', value)
+        self.assertEqual([], os.listdir(self.store.folder))
+
+    def test_what_cannot_be_a_variable_is_refused(self):
+        with self.without_creds():
+            self.store.set('BINARY', b'\xff')
+            self.store.set('NUL', b'a\0b')
+            self.store.set('TEXT', 'ü'.encode())
+        self.store.check({'env': {'A': {'secret': 'TEXT'}, 'B': 'plain'}, 'secrets': ['BINARY']})
+        for name in ('BINARY', 'NUL', 'NONE'):
+            with self.subTest(name), self.assertRaises(FaasError):
+                self.store.check({'env': {'A': {'secret': name}}})
+
+    @lab.needs_root
+    def test_it_is_encrypted_with_the_key_of_the_host(self):
+        programs.find('systemd-creds')
+        with unittest.mock.patch.dict(os.environ, SYSTEMD_CREDENTIAL_SECRET=f'{self.folder}/key'):
+            self.store.set('KEY', b'\0\xff value')
+            data = pathlib.Path(self.store.folder, 'KEY.cred').read_bytes()
+            self.assertNotIn(b'value', data)
+            again = secrets.Secrets(self.store.folder)
+            self.assertEqual(b'\0\xff value', again.get('KEY'))
+            os.rename(f'{self.store.folder}/KEY.cred', f'{self.store.folder}/OTHER.cred')
+            with self.assertRaisesRegex(FaasError, 'systemd-creds decrypt failed for the secret OTHER'):
+                secrets.Secrets(self.store.folder).get('OTHER')
+
+
+@lab.needs_root
+class Given(unittest.TestCase):
+    """To a function on a real server."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.host = cls.enterClassContext(lab.Host('server'))
+        key = {'SYSTEMD_CREDENTIAL_SECRET': '/var/lib/faasd/key'}
+        cls.server = cls.enterClassContext(serving.standalone(cls.host, **key))
+
+    def faas(self, *words, ok=(0,), **more):
+        return self.host.run([str(lab.REPO / 'faas'), *words], ok=ok, **more)
+
+    def test_a_function_reads_it_and_nobody_else_finds_it(self):
+        first, second = (os.urandom(12).hex() for _ in range(2))
+        files = {'handler.py': READS, 'faas.toml': 'secrets = ["KEY"]\n[env]\nTOKEN = { secret = "KEY" }\n'}
+        refused = self.server.deploy('reads', files)
+        self.assertEqual((404, 'there is no secret KEY'), (refused.status, refused.json['error']))
+        self.assertIn('faas secret set KEY', refused.json['hint'])
+        self.assertEqual('Set KEY\n', self.faas('secret', 'set', 'KEY', input=f'{first}\n').stdout)
+        ipv6 = self.server.deploy('reads', files).json['ipv6']
+        self.assertEqual(f'{first} {first} 400 0', self.server.get(ipv6))
+        said = self.faas('secret', 'set', 'KEY', input=second).stdout
+        self.assertEqual('Set KEY\nRedeployed: reads\n', said)
+        self.assertEqual(f'{second} {second} 400 0', self.server.get(ipv6))
+        self.server.restart()
+        self.assertEqual(f'{second} {second} 400 0', self.server.get(ipv6))
+
+        said += self.faas('secret', 'list').stdout + self.faas('secret', 'list', '--json').stdout
+        self.assertRegex(said, r'KEY +20\d\d-\d\d-\d\d +reads')
+        said += self.faas('describe', 'reads').stdout + self.faas('config', 'reads').stdout
+        said += self.faas('logs', 'reads').stdout + ''.join(self.server.lines)
+        said += self.faas('secret', 'rm', 'KEY', ok=(1,)).stderr
+        self.assertIn('the secret KEY is wanted by reads', said)
+        for value in (first, second):
+            self.assertNotIn(value, said)
+            itself = f'{value[:-1]}[{value[-1]}]'  # not found in the arguments of grep
+            found = self.host.sh(
+                f'grep -rlas "{itself}" /var/lib/faasd /etc/coredns /etc/wireguard /tmp /proc/[0-9]*/cmdline; '
+                f'grep -rlas "{itself}" /run | grep -v "^/run/faasd/instances/[^/]*/secrets/KEY$"; true'
+            )
+            self.assertEqual('', found)
+        holders = self.host.sh(f'grep -las "{itself}" /proc/[0-9]*/environ; true').split()
+        for path in holders:
+            pid = path.split('/')[2]
+            self.assertNotIn('faasd.py', self.host.sh(f'tr "\\0" " " </proc/{pid}/cmdline'))
+        self.faas('rm', 'reads', '--yes')
+        self.assertEqual('Removed KEY\n', self.faas('secret', 'rm', 'KEY').stdout)
+        self.assertEqual('No secrets yet.', self.faas('secret', 'list').stdout.splitlines()[0])
+
+    def test_an_image_and_its_user(self):
+        busybox = 'busybox', programs.static_busybox().read_bytes(), {'mode': 0o755}
+        page = ('sh', '-c', 'cp /run/secrets/KEY /tmp/page; exec /busybox httpd -f -p [::]:80 -h /tmp')
+        layer = images.layer(busybox, ('bin/sh', '/busybox'), ('tmp/', None, {'mode': 0o1777}))
+        config = {'Entrypoint': ['/busybox', *page], 'User': '33', 'Labels': {'faas.secrets': 'KEY'}}
+        self.faas('secret', 'set', 'KEY', input='for 33')
+        reply = self.server.deploy('image', images.image([layer], config))
+        self.assertEqual(200, reply.status, reply.body)
+        self.assertEqual('for 33', self.server.get(reply.json['ipv6'], '/page'))
+
+    def test_a_function_that_does_not_start_with_the_new_value_goes_on(self):
+        picky = "import os\nassert os.environ['V'] == 'good'\ndef app(e, s):\n    s('200 OK', [])\n    return [b'x']\n"
+        self.faas('secret', 'set', 'V', input='good')
+        ipv6 = self.server.deploy('picky', {'handler.py': picky, 'faas.toml': '[env]\nV = {secret = "V"}'}).json['ipv6']
+        done = self.faas('secret', 'set', 'V', input='bad', ok=(1,))
+        self.assertIn('Set V\n', done.stdout)
+        self.assertIn('with the former value goes on picky: ', done.stderr)
+        self.assertEqual('x', self.server.get(ipv6))
+
+
+if __name__ == '__main__':
+    unittest.main()
