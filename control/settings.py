@@ -10,6 +10,7 @@ from typing import Any
 from control.events import printable
 from handlers.containers.bundle import ID_RANGE
 from handlers.containers.containers import ID_SLOTS
+from handlers.images import wants
 from handlers.images.wants import to_bytes
 from host.errors import FaasError, StartError
 from vpn_manager import split_endpoint
@@ -49,6 +50,13 @@ def endpoint(text: str) -> str:
     return text
 
 
+def ipv4_network(text: str) -> str:
+    network = ipaddress.IPv4Network(text)
+    if network.prefixlen > 27:
+        raise ValueError('a network of at least 32 addresses is expected')
+    return str(network)
+
+
 def resolvers(text: str) -> list[str]:
     return [str(ipaddress.ip_address(address)) for address in text.split()]
 
@@ -73,6 +81,8 @@ SETTINGS = {  # name: (default, parser); docs/API.md has the same table, a test 
     'FAAS_MEMORY_MAX': ('0', at_most(to_bytes, MACHINE_MEMORY)),
     'FAAS_PIDS_MAX': ('16384', number(int, 8, 1 << 20)),
     'FAAS_CPUS_MAX': ('0', at_most(float, os.cpu_count())),
+    'FAAS_EGRESS': ('', lambda text: wants.egress(wants.read_list(text))),
+    'FAAS_EGRESS_IPV4': ('198.18.0.0/16', ipv4_network),
     'FAAS_RUNTIME': ('runc', matching('runc|crun', 'runc or crun')),
     'FAAS_CGROUP': ('', matching(r'(/[\w@.-]+)*', 'the path of a cgroup from the root')),
     'FAAS_ID_BASE': ('1879048192', number(int, 65536, (1 << 31) - ID_SLOTS * ID_RANGE)),
