@@ -155,7 +155,8 @@ class Deployments:
         wanted = []
         for function in self._registry.functions():
             with contextlib.suppress(FaasError):  # one that cannot be read wants nothing until it is deployed again
-                wanted.append((function.name, self._revisions.effective(self._described(function), function.config).settings))
+                spec = self._revisions.effective(self._described(function), function.config)
+                wanted.append((function.name, spec.settings))
         return users(name, wanted)
 
     def _same_code(
@@ -246,7 +247,8 @@ class Deployments:
         """
         function = self._registry.function(name)
         spec = self._described(function)
-        effective, place = self._revisions.effective(spec, function.config), 'the image' if spec.layers else 'the folder'
+        effective = self._revisions.effective(spec, function.config)
+        place = 'the image' if spec.layers else 'the folder'
         set_by_flags = dict(wants.lines(function.config))
         rows = []
         for key, value in wants.lines(effective.settings):

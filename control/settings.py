@@ -16,6 +16,7 @@ from host.errors import FaasError, StartError
 from vpn_manager import split_endpoint
 
 WIREGUARD_PORT = 51820
+INTERFACE = r'(?!faas-)[a-zA-Z0-9_][\w.-]{0,14}'  # see host.egress_rules.LINKS
 ENV_FILE = '/etc/faasd/faasd.env'
 MACHINE_MEMORY = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
 
@@ -63,7 +64,7 @@ def resolvers(text: str) -> list[str]:
 
 SETTINGS = {  # name: (default, parser); docs/API.md has the same table, a test compares them
     'FAAS_VPN_ENDPOINT': ('', endpoint),
-    'FAAS_WG_INTERFACE': ('wg0', matching(r'[a-zA-Z0-9_][\w.-]{0,14}', 'the name of an interface')),
+    'FAAS_WG_INTERFACE': ('wg0', matching(INTERFACE, 'the name of an interface, not of a veth of ours,')),
     'FAAS_WG_PORT': ('51820', number(int, 1, 65535)),
     'FAAS_NFT_TABLE': ('faas', matching(r'[a-zA-Z]\w{0,30}', 'the name of a table')),
     'FAAS_GUARD': ('bpf', matching('bpf|table', 'bpf or table')),

@@ -133,7 +133,7 @@ class Egress:
 
     def _link(self, function, number, targets, hosts, namespace=None):
         ipv4, ipv6 = str(self._network4[number]), str(NETWORK6[number])
-        return Link(function, number, f'faas-{number}', ipv4, ipv6, targets, hosts, namespace)
+        return Link(function, number, f'{egress_rules.LINKS}{number}', ipv4, ipv6, targets, hosts, namespace)
 
     def _connect(self, link):
         """Lay the veth. The addresses of both ends are known to each other: nothing is asked by ARP or ND."""
@@ -305,7 +305,7 @@ class Egress:
 
     def _reachable(self, link, target):
         """The addresses of a name that may be reached: public ones, and those of networks that are named as well."""
-        named = [each.what for each in link.targets if each.kind == 'network']
+        named = [each.what for each in link.targets if each.kind == 'network' and each.port in (None, target.port)]
         for text in sorted(self._addresses.get(target.what, ())):
             address = ipaddress.ip_address(text)
             is_named, is_local = (any(address in network for network in networks) for networks in (named, self._local))
@@ -329,7 +329,7 @@ class Egress:
         lines += [f'{address} {link.function}' for address in ('127.0.0.1', '::1')]
         if any(target.kind == 'host' for target in link.targets):
             lines.append(f'{self.place.host4} host.faas')
-        for target in dict.fromkeys(target._replace(port=None) for target in link.targets):
+        for target in link.targets:
             if target.kind == 'name':
                 lines += [f'{address} {target.what}' for address in self._reachable(link, target)]
         text = '\n'.join(dict.fromkeys(lines)) + '\n'
@@ -378,7 +378,7 @@ def local_networks() -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
     networks = set()
     for link in json.loads(process.run(['ip', '-j', 'address']).stdout or '[]'):
         for info in link.get('addr_info', ()):
-            if not str(link.get('ifname')).startswith('faas-'):
+            if not str(link.get('ifname')).startswith(egress_rules.LINKS):
                 networks.add(ipaddress.ip_network(f'{info["local"]}/{info["prefixlen"]}', strict=False))
     return sorted(networks, key=str)
 

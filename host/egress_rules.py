@@ -12,6 +12,7 @@ NOT_INTERNET_4 = (
 )
 NOT_INTERNET_6 = '2001::/32, 2002::/16'  # tunnels to IPv4 addresses
 MARK = 0xFAA6  # on what the egress table has let through; see host/firewall.py
+LINKS = 'faas-'  # what the names of all veths begin with: one wildcard serves every firewall
 MOST_FLOWS = 2048  # of one instance that the kernel tracks at a time
 KEPT = '10m'  # an address of a name is reachable for so long after it was last seen
 
@@ -47,7 +48,7 @@ def parse(text: str) -> Target:
         return Target('host', None, port)
     if re.fullmatch(r'[0-9./]+|.*:.*', place):
         network = ipaddress.ip_network(place)
-        if network.version == 6 and (network.network_address.ipv4_mapped or not found[1]):
+        if network.version == 6 and (network.network_address.ipv4_mapped or '%' in place or not found[1]):
             raise ValueError(f'{place} is not a network')
         return Target('network', network, port)
     name = place.lower()
