@@ -68,9 +68,11 @@ class Egress:
 
     # For containers
 
-    def attach(self, ident: str, function: str, texts: Iterable[str], users: int, folder: str) -> Link:
-        """A way out for the container `ident`, whose user namespace is `users` (a descriptor) and whose files are in
-        `folder`. Raises EgressError, OSError, CommandError; nothing is left then.
+    def attach(self, ident: str, function: str, texts: Iterable[str], users: int, hosts: str) -> Link:
+        """A way out for the container `ident`, whose user namespace is `users` (a descriptor).
+
+        The names that it may reach are added to the file `hosts`. Raises EgressError, OSError, CommandError; nothing is
+        left then.
         """
         targets = tuple(map(egress_rules.parse, texts))
         with contextlib.ExitStack() as undo:
@@ -78,7 +80,6 @@ class Egress:
             undo.callback(os.close, namespace)
             with self._lock:
                 number = self._free_number()
-                hosts = os.path.join(folder, 'hosts')
                 link = self._link(function, number, targets, hosts, namespace)
                 self._links[ident] = link
             undo.callback(self._links.pop, ident, None)
@@ -324,9 +325,9 @@ class Egress:
             self._nft('\n'.join(lines) + '\n')
 
     def _write_hosts(self, link):
-        """/etc/hosts inside: the same file each time, for it is mounted."""
-        lines = ['127.0.0.1 localhost', '::1 localhost']
-        lines += [f'{address} {link.function}' for address in ('127.0.0.1', '::1')]
+        """Add to /etc/hosts inside what was there the last time or is new: the same file, for it is mounted."""
+        with open(link.hosts) as file:
+            lines = [line for line in file.read().splitlines() if line.partition(' ')[0] in ('127.0.0.1', '::1')]
         if any(target.kind == 'host' for target in link.targets):
             lines.append(f'{self.place.host4} host.faas')
         for target in link.targets:

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 from handlers.containers import bundle, protocol, rootfs
 from handlers.containers.bundle import ID_RANGE
-from handlers.containers.limits import Bounds, Limits, usage
+from handlers.containers.limits import Bounds, Limits, hits, usage
 from handlers.images.spec import Spec
 from host import process, sock_diag
 from host.egress import Egress
@@ -25,6 +25,7 @@ from host.errors import EXPECTED, FaasError
 
 ID_SLOTS = 4096
 MEMORY_V1 = '/sys/fs/cgroup/memory'
+OUT_OF_MEMORY = 'ran out of memory'  # how the reason of such an end begins
 NOTIFIER = 'notify.sock'  # where the OCI runtime brings the descriptor that asks for each listen()
 LEFTOVERS_END_S = 10  # how long killed containers of a former run may take to end
 
@@ -263,13 +264,18 @@ class Containers:
         user = config['process']['user']
         os.fchown(fds[1], base + user['uid'], base + user['gid'])
         self._add_secrets(config, spec, bundle_dir, base)
+        hosts = os.path.join(bundle_dir, 'hosts')
+        with open(hosts, 'w') as file:
+            file.write(rootfs.hosts_of(name))
+        os.chmod(hosts, 0o644)
+        config['mounts'].append(bundle.host('/etc/hosts', hosts))
         if texts := spec.settings.get('egress'):
-            link = self._egress.attach(ident, name, texts, users, bundle_dir)
+            link = self._egress.attach(ident, name, texts, users, hosts)
             resolv = os.path.join(bundle_dir, 'resolv.conf')
             with open(resolv, 'w') as file:
                 file.write(self._egress.resolv_conf(link))
             os.chmod(resolv, 0o644)
-            bundle.add_egress(config, link.namespace, link.hosts, resolv)
+            bundle.add_egress(config, link.namespace, resolv)
         self._write(bundle_dir, 'config.json', config)
         bound_sockets(f'{MEMORY_V1}{self._cgroup}/{ident}', limits.memory)
         pid_file, errors = os.path.join(bundle_dir, 'pid'), os.path.join(bundle_dir, 'runtime.log')
@@ -314,8 +320,8 @@ class Containers:
         code = container.reap()
         signals = {128 + number: number.name for number in signal.Signals}
         reason = f'ended by {signals[code]}' if code in signals else f'ended with exit code {code}'
-        if code in (137, 143) and self._out_of_memory(container.ident):
-            reason = f'ran out of memory (the limit is {container.memory >> 20} MiB)'
+        if code in (137, 143) and self.hits(container.ident)['memory']:
+            reason = f'{OUT_OF_MEMORY} (the limit is {container.memory >> 20} MiB)'
         if self._egress:
             self._egress.detach(container.ident)
         self._delete(container.ident)
@@ -375,13 +381,9 @@ class Containers:
         address = self._egress and self._egress.address_of(container.ident)
         return used | ({'egress': address} if address else {})
 
-    def _out_of_memory(self, ident):
-        for where in self._cgroups():
-            for name in ('memory.oom_control', 'memory.events'):
-                with contextlib.suppress(OSError), open(os.path.join(where, ident, name)) as file:
-                    if any(line.startswith('oom_kill ') and line.split()[1] != '0' for line in file):
-                        return True
-        return False
+    def hits(self, ident: str) -> dict[str, int]:
+        """How often the container came up against a limit: see limits.hits()."""
+        return hits(os.path.join(where, ident) for where in self._cgroups())
 
 
 def bound_sockets(folder: str, memory: int) -> None:

@@ -11,6 +11,7 @@ from handlers.images import wants
 from handlers.images.archive import MOST_LAYERS
 
 NOBODY = 65534
+MOST_WARNINGS, MOST_LINE = 32, 1000
 DEFAULT_PORT = 80  # the value of $PORT, unless the ENV or EXPOSE of the image has another
 
 
@@ -19,6 +20,7 @@ class Spec(NamedTuple):
 
     kind is 'handler' (a handler.py), 'command' (args in a folder) or 'image' (args in `layers`: hex digests, the bottom
     one first). user is '' for root, else as the image has it. ports are the TCP ports that it says it serves.
+    volumes are the paths that the image declares as such. warnings are for who deploys it.
     settings are the normalised wants (see wants.KEYS) of the folder or the image; of the Spec that an instance gets
     also those of the function, which its other fields have, too.
     """
@@ -34,6 +36,8 @@ class Spec(NamedTuple):
     start_timeout_s: float | None = None
     concurrency: int | None = None
     settings: dict[str, object] = {}
+    volumes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def effective(self, config: dict[str, object]) -> 'Spec':
         """With what `config`, the wants of flags and `faas config`, sets above those of the folder or the image."""
@@ -78,6 +82,8 @@ class Spec(NamedTuple):
             ('start_timeout_s', spec.start_timeout_s is None or is_number(spec.start_timeout_s, 0.1, 3600)),
             ('concurrency', spec.concurrency is None or is_int(spec.concurrency, 1, 100_000)),
             ('settings', are_wants(spec.settings)),
+            ('volumes', is_tuple(spec.volumes, is_text) and len(spec.volumes) <= MOST_WARNINGS),
+            ('warnings', is_tuple(spec.warnings, is_line) and len(spec.warnings) <= MOST_WARNINGS),
         ):
             if not right:
                 raise ValueError(f"the spec's {name} is not valid")
@@ -99,6 +105,10 @@ def is_text(value: object) -> bool:
         return isinstance(value, str) and '\0' not in value and os.fsencode(value) is not None
     except UnicodeEncodeError:
         return False
+
+
+def is_line(value: object) -> bool:
+    return is_text(value) and len(value) <= MOST_LINE and value.isprintable()
 
 
 def is_tuple(value: object, each: Callable[[object], bool]) -> bool:

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import os
 import socket
+from collections.abc import Iterable
 
 from handlers.containers.containers import Container
 from handlers.containers.logs import LogPipe
@@ -16,6 +17,15 @@ from host.sock_diag import cookie
 CONTROL_ACCEPTS_PER_TURN, CONTROL_FLOOD_PAUSE_S = 64, 0.01  # of connections to the control socket
 ASKING_PART = 16  # of the connections that an instance may have: so many may wait for one at the control socket
 CONTROL_ERROR_PAUSE_S = 0.1  # out of descriptors: others get the time to close some
+IPV6_OPTIONS = {  # a program → what makes it listen on IPv6
+    'gunicorn': '--bind [::]:80 does',
+    'jupyter': '--ip=:: does',
+    'haproxy': 'bind [::]:80 does',
+    'next': 'HOSTNAME=:: does',
+    'http.server': '--bind :: does',
+    'hypercorn': '--bind [::]:80 does',
+    'nginx': 'listen [::]:80; does',
+}
 SETTLE_S = 0.3  # how long one that is tried may take until it listens on IPv6 as well, or ends
 PROBE_TIMEOUT_S = 5  # for the whole of it
 UNSIGNALLED_MAX_S = 10  # how long a program may finish what it holds before it gets its stop signal
@@ -23,6 +33,13 @@ SIGNALLED_MIN_S = 2  # how long it has after the signal, if there is twice as mu
 STOP_POLL_S = 0.1
 CONTROL_PATH = '/control.sock'
 CLEAN_EXIT = 'ended with exit code 0'
+
+
+def ipv6_hint(args: Iterable[str]) -> str:
+    """How that program is told to listen on IPv6."""
+    words = ' '.join(args)
+    known = next((how for name, how in IPV6_OPTIONS.items() if name in words), '--host :: does')
+    return f'let it listen on [::], as {known}'
 
 
 class Program(Instance):
@@ -84,7 +101,7 @@ class Program(Instance):
         elif self.mode is None and self.state == InstanceState.STARTING:
             before, self._family = self._family, family
             if not self.trial:
-                self._is_up(ServingMode.LISTENING, f'port {where[1]}')
+                self._is_up(ServingMode.LISTENING, self._port(where[1]))
             elif before is None:
                 self._around.loop.later(SETTLE_S, self._settled, where)
 
@@ -94,7 +111,12 @@ class Program(Instance):
             if not self._around.apart.call(self.pool.name, self._probe, where):
                 self.kill('keeps faasd waiting')
         elif self.state == InstanceState.STARTING:
-            self._is_up(ServingMode.LISTENING, f'port {where[1]}')
+            self._is_up(ServingMode.LISTENING, self._port(where[1]))
+
+    def _port(self, port):
+        """'port 8000', or of several that the image names: 'port 80 → 8000 (of 8000, 9000)'."""
+        ports = self.revision.spec.ports
+        return f'port {port}' if len(ports) < 2 else f'port 80 → {port} (of {", ".join(map(str, ports[:9]))})'
 
     def _probe(self, where):
         """In a thread of its own: does it talk to IPv6 clients, though it made an IPv4 socket?"""
@@ -112,11 +134,11 @@ class Program(Instance):
         if self.state != InstanceState.STARTING:
             return
         text = f'it listens on {where[0]} port {where[1]}, for IPv4 alone'
-        hint = 'let it listen on [::], as --host :: does'
+        hint = ipv6_hint(self.revision.spec.args)
         if heard == b'':
             return self.kill(f'{text}, and closes the connections of IPv6 clients, of which all are', hint)
         self.warning, self.hint = f'{text}: it works, but sees wrong client addresses', hint
-        self._is_up(ServingMode.LISTENING, f'port {where[1]}')
+        self._is_up(ServingMode.LISTENING, self._port(where[1]))
 
     def _not_up(self):
         reason, hint = super()._not_up()
