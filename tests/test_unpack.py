@@ -308,7 +308,7 @@ class Unpacked(StagedImages):
             'ExposedPorts': {'8080': {}, '80/TCP': {}, '53/udp': {}, '90-92': {}, 'http': {}, '70000/tcp': {}},
             'Labels': {'faas.memory': '64M', 'faas.env.B': 'x', 'maintainer': 'me'},
             'StopSignal': 'quit',
-            'Healthcheck': {'Test': ['NONE']},
+            'Healthcheck': {'Test': ['CMD', '/check'], 'Interval': 5 * 10**9, 'Retries': 2},
             'Volumes': {'/data': {}},
         }
         self.image(BASE, BASE, config=config)
@@ -325,6 +325,7 @@ class Unpacked(StagedImages):
                 (digits, digits),
                 settings={'memory': 64 << 20, 'env': {'B': 'x'}},
                 volumes=('/data',),
+                healthcheck={'args': ['/check'], 'interval_s': 5, 'timeout_s': 30, 'retries': 2},
                 warnings=("EXPOSE: 'http', '70000/tcp' is not a port and counts for nothing",),
             ),
             self.spec,

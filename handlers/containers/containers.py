@@ -10,9 +10,10 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from handlers.containers import bundle, protocol, rootfs
@@ -85,7 +86,7 @@ class Containers:
         if not kept:  # else it may be in use: then it is only updated
             shutil.rmtree(self._rootfs, ignore_errors=True)
         os.makedirs(self._instances, mode=0o700, exist_ok=True)
-        os.makedirs(self._image, exist_ok=True)
+        os.makedirs(os.path.join(self._image, 'root'), exist_ok=True)  # `runc exec` goes there, and sees nothing of it
         rootfs.lay_out(self._rootfs)
         return kept
 
@@ -283,7 +284,8 @@ class Containers:
         run = ['run', '--detach', '--no-new-keyring', '--bundle', bundle_dir, '--pid-file', pid_file]
         run += ['--preserve-fds', '1'] if protocol.CHANNEL_FD in fds else []
         code = process.run_with_fds([*bundle.limited(), *self._runtime, '--log', errors, *run, ident], fds)
-        os.unlink(os.path.join(bundle_dir, 'config.json'))  # the runtime has read it, and it may hold secrets
+        if any(isinstance(value, dict) for value in spec.settings.get('env', {}).values()):
+            os.unlink(os.path.join(bundle_dir, 'config.json'))  # the runtime has read it, and it holds secrets
         if code:
             said = runtime_said(errors) or f'{self._runtime[0]} ended with exit code {code}'
             raise ContainerError(*program_missing(said, spec) or (said,))
@@ -305,6 +307,27 @@ class Containers:
         os.chmod(folder, 0o755)  # inside; the folder of the bundle is root's alone
         config['mounts'].append(bundle.host('/run/secrets', folder))
 
+    def execute(self, container: 'Container', args: Sequence[str], timeout_s: float) -> str | None:
+        """Run a program in the container to its end. None if it ends with 0, else what it did. It waits for it."""
+        pid_file = os.path.join(self._instances, container.ident, f'exec-{secrets.token_hex(4)}')
+        null = subprocess.DEVNULL
+        run = [*self._runtime, 'exec', '--pid-file', pid_file, container.ident, *args]
+        try:
+            with process.popen(run, stdin=null, stdout=null, stderr=null) as child:
+                try:
+                    code = child.wait(timeout_s)
+                    return None if code == 0 else f'exit code {code}'
+                except subprocess.TimeoutExpired:
+                    with contextlib.suppress(OSError, ValueError), open(pid_file) as file:
+                        os.kill(int(file.read()), signal.SIGKILL)  # the runtime alone would leave it there
+                    child.kill()
+                    return f'no end within {timeout_s:g} s'
+        except (process.CommandError, OSError) as error:
+            return str(error)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(pid_file)
+
     def _mapping(self, inner, base, size):
         """The user namespace that maps `size` ids from `inner` to those from `base`. It is made once and kept.
 
@@ -321,7 +344,7 @@ class Containers:
         signals = {128 + number: number.name for number in signal.Signals}
         reason = f'ended by {signals[code]}' if code in signals else f'ended with exit code {code}'
         if code in (137, 143) and self.hits(container.ident)['memory']:
-            reason = f'{OUT_OF_MEMORY} (the limit is {container.memory >> 20} MiB)'
+            reason = f'ran out of memory (the limit is {container.memory >> 20} MiB)'
         if self._egress:
             self._egress.detach(container.ident)
         self._delete(container.ident)

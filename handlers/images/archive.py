@@ -280,6 +280,7 @@ def image_spec(config: dict, layers: list[str]) -> dict:
         'layers': layers,
         'settings': settings,
         'volumes': volumes,
+        'healthcheck': healthcheck(of(inner.get('Healthcheck') or {}, dict, "the config's Healthcheck")),
         'warnings': warnings,
     }
 
@@ -296,6 +297,26 @@ def exposed(said: dict) -> tuple[list[int], list[str]]:
             ports.update(range(first, min(last, first + MOST_PORTS) + 1))
     warnings = [f'EXPOSE: {", ".join(unread[:9])} is not a port and counts for nothing'] if unread else []
     return sorted(ports)[:MOST_PORTS], warnings
+
+
+def healthcheck(said: dict) -> dict | None:
+    """The HEALTHCHECK, whose times are in nanoseconds; None without one. Raises ImageError."""
+    how, *args = texts(said, 'Test') or ['NONE']
+    if how == 'CMD-SHELL':
+        args = ['/bin/sh', '-c', *args[:1]]
+    if how not in ('CMD', 'CMD-SHELL') or not args or not args[0]:
+        return None
+
+    def number(key: str, default: float, unit: float, least: float, most: float) -> float:
+        value = of(said.get(key) or 0, int, f"the config's Healthcheck: {key}") / unit
+        return max(least, min(value or default, most))
+
+    return {
+        'args': args,
+        'interval_s': number('Interval', 30, 1e9, 1, 86400),
+        'timeout_s': number('Timeout', 30, 1e9, 1, 3600),
+        'retries': int(number('Retries', 3, 1, 1, 1000)),
+    }
 
 
 def text_of(config: dict, key: str) -> str:

@@ -21,6 +21,7 @@ class Spec(NamedTuple):
     kind is 'handler' (a handler.py), 'command' (args in a folder) or 'image' (args in `layers`: hex digests, the bottom
     one first). user is '' for root, else as the image has it. ports are the TCP ports that it says it serves.
     volumes are the paths that the image declares as such. warnings are for who deploys it.
+    healthcheck is the HEALTHCHECK of the image: {'args', 'interval_s', 'timeout_s', 'retries'}.
     settings are the normalised wants (see wants.KEYS) of the folder or the image; of the Spec that an instance gets
     also those of the function, which its other fields have, too.
     """
@@ -38,6 +39,7 @@ class Spec(NamedTuple):
     settings: dict[str, object] = {}
     volumes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    healthcheck: dict[str, object] | None = None
 
     def effective(self, config: dict[str, object]) -> 'Spec':
         """With what `config`, the wants of flags and `faas config`, sets above those of the folder or the image."""
@@ -83,6 +85,7 @@ class Spec(NamedTuple):
             ('concurrency', spec.concurrency is None or is_int(spec.concurrency, 1, 100_000)),
             ('settings', are_wants(spec.settings)),
             ('volumes', is_tuple(spec.volumes, is_text) and len(spec.volumes) <= MOST_WARNINGS),
+            ('healthcheck', spec.healthcheck is None or is_healthcheck(spec.healthcheck)),
             ('warnings', is_tuple(spec.warnings, is_line) and len(spec.warnings) <= MOST_WARNINGS),
         ):
             if not right:
@@ -105,6 +108,19 @@ def is_text(value: object) -> bool:
         return isinstance(value, str) and '\0' not in value and os.fsencode(value) is not None
     except UnicodeEncodeError:
         return False
+
+
+def is_healthcheck(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {'args', 'interval_s', 'timeout_s', 'retries'}
+        and isinstance(value['args'], list)
+        and bool(value['args'] and value['args'][0])
+        and all(map(is_text, value['args']))
+        and is_number(value['interval_s'], 1, 86400)
+        and is_number(value['timeout_s'], 1, 3600)
+        and is_int(value['retries'], 1, 1000)
+    )
 
 
 def is_line(value: object) -> bool:

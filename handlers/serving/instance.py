@@ -148,6 +148,11 @@ class Instance:
         """True if it needs a listener at its start."""
         return False
 
+    @property
+    def must_answer(self) -> str | None:
+        """What it is asked before clients come: 'tcp', a path, or None."""
+        return None
+
     def descriptors(self) -> int:
         """How many of faasd's descriptors it takes, about."""
         return INSTANCE_DESCRIPTORS + len(self.connections)

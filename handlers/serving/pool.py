@@ -16,7 +16,7 @@ from handlers.serving import scaler
 from handlers.serving.connection import ConnectionCounts, Waiting
 from handlers.serving.instance import Instance, InstanceState, Revision, ServingMode, StartFailed, Surroundings
 from handlers.serving.instance_set import InstanceSet
-from handlers.serving.listeners import ListenerGroup
+from handlers.serving.listeners import ListenerGroup, migrates
 from handlers.serving.program import Program, make_instance
 from handlers.serving.rollout import (
     KEEPALIVE_IDLE_S,
@@ -248,11 +248,14 @@ class Pool(ForOtherThreads):
     def _try(self, instance):
         """Start an instance that does not serve yet.
 
-        While another serves, or may, it gets a listener of its own, when there is room for one.
+        While another serves, or may, it gets a listener of its own, when there is room for one; also when clients must
+        not come before it has answered.
         """
         if instance.state != InstanceState.STARTING or self._closed or not self._group:
             return self._fail(instance, 'it is being shut down')
         alone = not self._serving and self._starting in (None, instance)
+        if alone and instance.must_answer:  # what waits is given to it when it has answered
+            alone = not migrates()
         try:
             if not self._trials.place(instance, self._group, alone):
                 return self.around.loop.later(ROLLOUT_POLL_S, self._try, instance)
