@@ -43,6 +43,7 @@ from control.supervisor import Supervisor
 from handlers.containers.containers import Containers
 from handlers.containers.limits import Limits
 from handlers.containers.logs import LogCopier
+from handlers.containers.private import Private
 from handlers.images.layers import Layers
 from handlers.serving.apart import Apart
 from handlers.serving.injection import Injector
@@ -215,7 +216,7 @@ class Daemon:
             settings['runtime'],
             layers_base,
             Limits(settings['memory_max'], settings['pids_max'], settings['cpus_max']),
-            self.secrets,
+            Private(f'{RUN}/private', self.secrets, settings['mounts']),
         )
         self._undo.callback(self.containers.close)
         live = {function.name: function.revision for function in self.registry.functions()}
@@ -279,7 +280,7 @@ class Daemon:
             self.registry,
             self.revisions,
             self.addresses,
-            self.containers.bounds,
+            self.containers,
             self.secrets,
             settings['max_upload'],
             self._emit,
@@ -299,7 +300,7 @@ class Daemon:
 
     def _start_api(self) -> None:
         health = Health(self._problems, self._events, self.functions.list, self.guard.kind)
-        verbs = Verbs(self.functions, self.deployments, self.secrets, self.peers, health, self.refusals)
+        verbs = Verbs(self.functions, self.deployments, self.peers, health, self.refusals)
         self._undo.callback(self.refusals.tell)
         sock = unix_socket(f'{RUN}/faasd.sock')
         self._undo.callback(files.remove_file, f'{RUN}/faasd.sock')

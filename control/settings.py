@@ -10,6 +10,7 @@ from typing import Any
 from control.events import printable
 from handlers.containers.bundle import ID_RANGE
 from handlers.containers.containers import ID_SLOTS
+from handlers.containers.private import read_places
 from handlers.images.wants import to_bytes
 from host.errors import FaasError, StartError
 from vpn_manager import split_endpoint
@@ -73,6 +74,7 @@ SETTINGS = {  # name: (default, parser); docs/API.md has the same table, a test 
     'FAAS_MEMORY_MAX': ('0', at_most(to_bytes, MACHINE_MEMORY)),
     'FAAS_PIDS_MAX': ('16384', number(int, 8, 1 << 20)),
     'FAAS_CPUS_MAX': ('0', at_most(float, os.cpu_count())),
+    'FAAS_MOUNTS': ('', read_places),
     'FAAS_RUNTIME': ('runc', matching('runc|crun', 'runc or crun')),
     'FAAS_CGROUP': ('', matching(r'(/[\w@.-]+)*', 'the path of a cgroup from the root')),
     'FAAS_ID_BASE': ('1879048192', number(int, 65536, (1 << 31) - ID_SLOTS * ID_RANGE)),

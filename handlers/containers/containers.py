@@ -13,11 +13,12 @@ import stat
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from handlers.containers import bundle, protocol, rootfs
 from handlers.containers.bundle import ID_RANGE
 from handlers.containers.limits import Bounds, Limits, usage
+from handlers.containers.private import Private
 from handlers.images.spec import Spec
 from host import process, sock_diag
 from host.errors import EXPECTED, FaasError
@@ -30,16 +31,6 @@ LEFTOVERS_END_S = 10  # how long killed containers of a former run may take to e
 
 class ContainerError(FaasError):
     """The OCI runtime could not start a container."""
-
-
-class SecretStore(Protocol):
-    """Gives the values of secrets. Both raise FaasError."""
-
-    def get(self, name: str) -> bytes:
-        """The value."""
-
-    def variable(self, key: str, name: str) -> str:
-        """The value as that of the environment variable `key`."""
 
 
 class Containers:
@@ -55,10 +46,10 @@ class Containers:
         runtime: str = 'runc',
         layers_base: int | None = None,
         most: Limits | None = None,
-        secret_store: SecretStore | None = None,
+        private: Private | None = None,
     ) -> None:
         self.prefix, self._id_base = prefix, id_base
-        self.bounds, self._secret_store = Bounds(limits, most or limits), secret_store
+        self.bounds, self.private = Bounds(limits, most or limits), private or Private(f'{run_dir}/private')
         self._layers_base = layers_base or id_base  # the first of the ids that own the files of layers
         self._cgroup = f'{cgroup}/{prefix}'
         self._rootfs, self._instances = os.path.join(run_dir, 'rootfs'), os.path.join(run_dir, 'instances')
@@ -83,6 +74,7 @@ class Containers:
             shutil.rmtree(self._rootfs, ignore_errors=True)
         os.makedirs(self._instances, mode=0o700, exist_ok=True)
         os.makedirs(self._image, exist_ok=True)
+        os.makedirs(self.private.where, mode=0o700, exist_ok=True)
         rootfs.lay_out(self._rootfs)
         return kept
 
@@ -219,7 +211,7 @@ class Containers:
                 run = [ident, name, spec, tree, bundle_dir, base, {1: output, 2: output}]
                 if channel is not None:
                     run[-1][protocol.CHANNEL_FD] = channel
-                if spec.layers:
+                if spec.layers or self.private.is_wanted(spec):
                     rootfs.apart(lambda: self._run(*run))
                 else:
                     self._run(*run)
@@ -253,35 +245,18 @@ class Containers:
         # The instance must own its output to open /dev/stdout, where the log files of many images lead.
         user = config['process']['user']
         os.fchown(fds[1], base + user['uid'], base + user['gid'])
-        self._add_secrets(config, spec, bundle_dir, base)
-        self._write(bundle_dir, 'config.json', config)
+        config_dir = self.private.add(config, spec, base) if self.private.is_wanted(spec) else bundle_dir
+        self._write(config_dir, 'config.json', config)
         bound_sockets(f'{MEMORY_V1}{self._cgroup}/{ident}', limits.memory)
         pid_file, errors = os.path.join(bundle_dir, 'pid'), os.path.join(bundle_dir, 'runtime.log')
         # No session keyring: a host that is itself a container may refuse one, and keyctl is refused to functions.
-        run = ['run', '--detach', '--no-new-keyring', '--bundle', bundle_dir, '--pid-file', pid_file]
+        run = ['run', '--detach', '--no-new-keyring', '--bundle', config_dir, '--pid-file', pid_file]
         run += ['--preserve-fds', '1'] if protocol.CHANNEL_FD in fds else []
         code = process.run_with_fds([*bundle.limited(), *self._runtime, '--log', errors, *run, ident], fds)
-        os.unlink(os.path.join(bundle_dir, 'config.json'))  # the runtime has read it, and it may hold secrets
+        os.unlink(os.path.join(config_dir, 'config.json'))  # the runtime has read it, and it may hold secrets
         if code:
             said = runtime_said(errors) or f'{self._runtime[0]} ended with exit code {code}'
             raise ContainerError(*program_missing(said, spec) or (said,))
-
-    def _add_secrets(self, config, spec, bundle_dir, base):
-        """The secrets that the Spec wants, as files in memory, and as variables."""
-        for key, value in spec.settings.get('env', {}).items():
-            if isinstance(value, dict):
-                config['process']['env'].append(f'{key}={self._secret_store.variable(key, value["secret"])}')
-        if not (names := spec.settings.get('secrets')):
-            return
-        folder, user = os.path.join(bundle_dir, 'secrets'), config['process']['user']
-        os.mkdir(folder, 0o700)
-        for name in names:
-            path = os.path.join(folder, name)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), 'wb') as file:
-                file.write(self._secret_store.get(name))
-            os.chown(path, base + user['uid'], base + user['gid'])
-        os.chmod(folder, 0o755)  # inside; the folder of the bundle is root's alone
-        config['mounts'].append(bundle.host('/run/secrets', folder))
 
     def _mapping(self, inner, base, size):
         """The user namespace that maps `size` ids from `inner` to those from `base`. It is made once and kept.
@@ -315,7 +290,7 @@ class Containers:
         if self._slots or self._leftovers:
             return
         self._remove_cgroups()
-        for folder in (self._rootfs, self._image, self._instances, *self._roots.values()):
+        for folder in (self._rootfs, self._image, self.private.where, self._instances, *self._roots.values()):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _delete(self, ident):

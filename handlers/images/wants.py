@@ -156,6 +156,11 @@ def place(value: object) -> str:
     return path
 
 
+def inside(path: str, folder: str) -> bool:
+    """True if that is the folder itself, or a path below it."""
+    return f'{path}/'.startswith(f'{folder}/')
+
+
 def mounts(value: object) -> dict[str, str]:
     if not isinstance(value, dict) or len(value) > MOST_NAMES:
         raise ValueError
