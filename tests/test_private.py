@@ -2,12 +2,14 @@
 
 import json
 import os
+import subprocess
 import tempfile
 import unittest
 
 from handlers.containers import private
 from handlers.images.spec import Spec
-from tests import images, lab, programs, serving
+from tests import images, lab, packages, programs, serving
+from tests.test_docs import HANDLERS, examples
 
 SERVICE = """
 import socket, sys
@@ -191,6 +193,44 @@ class Mounts(unittest.TestCase):
             with self.subTest(path, how=how):
                 reply = self.server.deploy('asks', {**files, 'faas.toml': f'[mounts]\n"{path}" = "{how}"\n'})
                 self.assertEqual((200 if error is None else 403, error), (reply.status, reply.json.get('error')))
+
+
+@lab.needs_root
+@lab.not_in_check
+class Database(unittest.TestCase):
+    """A real PostgreSQL of the host, by its unix socket."""
+
+    def test_the_example_of_the_docs(self):
+        host = self.enterContext(lab.Host('server'))
+        try:
+            packages.put(host, 'postgresql-15', 'python3-psycopg2')
+        except RuntimeError as error:
+            self.skipTest(str(error))
+        password, data = os.urandom(12).hex(), '/var/lib/pg/data'
+        host.run(['useradd', '--system', '--no-create-home', 'postgres'], ok=(0, 9))
+        host.run(['install', '-d', '-o', 'postgres', '/run/postgresql', '/var/lib/pg'])
+        host.path('/tmp/password').write_text(password)
+        host.run(['chown', 'postgres', '/tmp/password'])
+
+        def command(program, *arguments):
+            as_it = ['setpriv', '--reuid=postgres', '--regid=postgres', '--clear-groups']
+            return [*as_it, 'env', f'PGPASSWORD={password}', f'/usr/lib/postgresql/15/bin/{program}', *arguments]
+
+        init = ['--no-sync', '-A', 'scram-sha-256', '-U', 'app', '--pwfile=/tmp/password', '-D', data]
+        host.run(command('initdb', *init))
+        serve = command('postgres', '-D', data, '-k', '/run/postgresql', '-c', 'listen_addresses=')
+        service = host.popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.addCleanup(service.wait)
+        self.addCleanup(service.terminate)
+        create = command('createdb', '-h', '/run/postgresql', '-U', 'app', 'app')
+        lab.wait_until(lambda: host.run(create, ok=None).returncode == 0, 20, 'the database')
+
+        server = self.enterContext(serving.standalone(host, FAAS_MOUNTS='/run/postgresql'))
+        server.api('POST', '/api/secret/db-password', password.encode())
+        reply = server.deploy('guests', examples(HANDLERS.read_text())['database'])
+        self.assertEqual(200, reply.status, reply.body)
+        self.assertEqual('You are guest 1.\n', server.get(reply.json['ipv6']))
+        self.assertEqual('You are guest 2.\n', server.get(reply.json['ipv6']))
 
 
 if __name__ == '__main__':
