@@ -51,6 +51,7 @@ from handlers.serving.instance import Surroundings
 from handlers.serving.loop import Loop
 from handlers.serving.server import FaaSServer
 from host import files, netlink, process, systemd
+from host.egress import Egress
 from host.errors import EXPECTED, StartError
 from host.firewall import Firewall
 from host.guard import Guard, GuardUnavailable, Unguarded
@@ -204,8 +205,13 @@ class Daemon:
         layers = Layers(f'{STATE}/layers')
         layers.prepare()
         layers_base = layers.id_base(settings['id_base'])
-        self.revisions = Revisions(STATE, layers, layers_base, settings['max_unpacked'], self._emit)
+        self.revisions = Revisions(
+            STATE, layers, layers_base, settings['max_unpacked'], settings['egress'], self._emit
+        )
         self.secrets = Secrets(f'{STATE}/secrets')
+        self.egress = Egress(
+            settings['nft_table'], settings['egress_ipv4'], registry.GATEWAY, registry.ZONE_SERVER, self._emit
+        )
         self._storage.add([self.secrets.folder])
         self.containers = Containers(
             f'faas-{self.registry.instance}',
@@ -217,6 +223,7 @@ class Daemon:
             layers_base,
             Limits(settings['memory_max'], settings['pids_max'], settings['cpus_max']),
             Private(f'{RUN}/private', self.secrets, settings['mounts']),
+            self.egress,
         )
         self._undo.callback(self.containers.close)
         live = {function.name: function.revision for function in self.registry.functions()}
@@ -226,6 +233,8 @@ class Daemon:
         """Before the first listener, until after the last instance."""
         self.firewall.load()
         self._undo.callback(self._unless_left, self.firewall.remove)
+        self.egress.begin()
+        self._undo.callback(self._unless_left, self.egress.remove)
 
     def _load_guard(self) -> None:
         settings = self._settings
@@ -338,6 +347,8 @@ class Daemon:
         self._undo.callback(links.close)
         rules = netlink.listen(netlink.NETLINK_NETFILTER, netlink.NFNLGRP_NFTABLES)
         self._undo.callback(rules.close)
+        egress_rules = netlink.listen(netlink.NETLINK_NETFILTER, netlink.NFNLGRP_NFTABLES)
+        self._undo.callback(egress_rules.close)
         interface = self.vpn.interface
         repairs = Repairs(
             self.registry,
@@ -351,6 +362,8 @@ class Daemon:
         )
         checks = [
             Check('rules', repairs.table, CLOSELY_S, rules),
+            Check('egress', self.egress.heal, CLOSELY_S, egress_rules),
+            Check('names', self.egress.refresh),
             Check('guard', self.guard.heal),
             Check('injector', self.injector.check),
             Check('apart', self.apart.check),

@@ -21,6 +21,7 @@ from handlers.containers.limits import Bounds, Limits, usage
 from handlers.containers.private import Private
 from handlers.images.spec import Spec
 from host import process, sock_diag
+from host.egress import Egress
 from host.errors import EXPECTED, FaasError
 
 ID_SLOTS = 4096
@@ -47,8 +48,9 @@ class Containers:
         layers_base: int | None = None,
         most: Limits | None = None,
         private: Private | None = None,
+        egress: Egress | None = None,
     ) -> None:
-        self.prefix, self._id_base = prefix, id_base
+        self.prefix, self._id_base, self._egress = prefix, id_base, egress
         self.bounds, self.private = Bounds(limits, most or limits), private or Private(f'{run_dir}/private')
         self._layers_base = layers_base or id_base  # the first of the ids that own the files of layers
         self._cgroup = f'{cgroup}/{prefix}'
@@ -85,6 +87,8 @@ class Containers:
             record, container = self._left(ident)
             if container and record['listener'] is not None and wanted(record):
                 kept.append((record, container))
+                if self._egress and 'egress' in record:
+                    self._egress.adopt(ident, record['egress'])
             elif container or record:
                 self._leftovers[ident] = container
             else:  # nobody knows what it is, but the runtime
@@ -189,6 +193,8 @@ class Containers:
         try:
             with contextlib.ExitStack() as undo:
                 undo.callback(self._delete, ident)
+                if self._egress:
+                    undo.callback(self._egress.detach, ident)
                 os.mkdir(bundle_dir, 0o700)
                 base = self._id_base + slot * ID_RANGE
                 record = {
@@ -217,7 +223,10 @@ class Containers:
                     self._run(*run)
                 with open(os.path.join(bundle_dir, 'pid')) as file:
                     pid = int(file.read())
-                self._write(bundle_dir, 'record.json', record | {'pid': pid, 'start_time': process.start_time(pid)})
+                record |= {'pid': pid, 'start_time': process.start_time(pid)}
+                if texts := spec.settings.get('egress'):
+                    record['egress'] = self._egress.record(ident, texts)
+                self._write(bundle_dir, 'record.json', record)
                 container = Container(ident, pid, os.pidfd_open(pid), base, record['memory'], control, notifier)
                 undo.pop_all()
                 return container
@@ -246,6 +255,13 @@ class Containers:
         user = config['process']['user']
         os.fchown(fds[1], base + user['uid'], base + user['gid'])
         config_dir = self.private.add(config, spec, base) if self.private.is_wanted(spec) else bundle_dir
+        if texts := spec.settings.get('egress'):
+            link = self._egress.attach(ident, name, texts, users, bundle_dir)
+            resolv = os.path.join(bundle_dir, 'resolv.conf')
+            with open(resolv, 'w') as file:
+                file.write(self._egress.resolv_conf(link))
+            os.chmod(resolv, 0o644)
+            bundle.add_egress(config, link.namespace, link.hosts, resolv)
         self._write(config_dir, 'config.json', config)
         bound_sockets(f'{MEMORY_V1}{self._cgroup}/{ident}', limits.memory)
         pid_file, errors = os.path.join(bundle_dir, 'pid'), os.path.join(bundle_dir, 'runtime.log')
@@ -275,6 +291,8 @@ class Containers:
         reason = f'ended by {signals[code]}' if code in signals else f'ended with exit code {code}'
         if code in (137, 143) and self._out_of_memory(container.ident):
             reason = f'ran out of memory (the limit is {container.memory >> 20} MiB)'
+        if self._egress:
+            self._egress.detach(container.ident)
         self._delete(container.ident)
         with self._lock:
             self._slots.discard((container.base - self._id_base) // ID_RANGE)
@@ -326,9 +344,11 @@ class Containers:
                             os.rmdir(entry.path)
                 os.rmdir(where)
 
-    def usage(self, container: 'Container') -> dict[str, float]:
-        """What the container uses: see limits.usage()."""
-        return usage(os.path.join(where, container.ident) for where in self._cgroups())
+    def usage(self, container: 'Container') -> dict[str, float | str]:
+        """What the container uses: see limits.usage(). `egress` is the address by which others see it."""
+        used = usage(os.path.join(where, container.ident) for where in self._cgroups())
+        address = self._egress and self._egress.address_of(container.ident)
+        return used | ({'egress': address} if address else {})
 
     def _out_of_memory(self, ident):
         for where in self._cgroups():
