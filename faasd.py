@@ -30,6 +30,7 @@ from control.events import Events, Refusals, attempt
 from control.functions import Functions
 from control.health import Health, Problems
 from control.monitor import CLOSELY_S, Check, Monitor
+from control.mounts import Mounts
 from control.peers import Peers
 from control.projection import Projection
 from control.repairs import Repairs
@@ -373,6 +374,7 @@ class Daemon:
             Check('registry', self._storage.look_after_registry, CLOSELY_S),
             Check('disk', self._storage.look_at_disks, DISK_LOOK_S),
             Check('copy', self.registry.copy_daily, COPY_LOOK_S),
+            Check('mounts', Mounts(self.functions, self.deployments, self._emit).look, CLOSELY_S),
             Check('listener', self.functions.open_others, CLOSELY_S),
             Check('dns', self.supervisor.look_after_coredns),
             Check('enroll', self.enroll.adjust),

@@ -116,7 +116,7 @@ class Mounts(unittest.TestCase):
         cls.service = cls.host.popen(['/usr/bin/python3', '-c', SERVICE])
         cls.addClassCleanup(cls.service.wait)
         cls.addClassCleanup(cls.service.kill)
-        settings = {'FAAS_MOUNTS': '/run/service /srv/shared:rw /srv/deep /run/link'}
+        settings = {'FAAS_MOUNTS': '/run/service /srv/shared:rw /srv/deep /srv/anew /run/link'}
         cls.server = cls.enterClassContext(serving.standalone(cls.host, **settings))
         lab.wait_until(lambda: cls.host.path('/run/service/socket').exists(), 10, 'the service')
 
@@ -169,6 +169,21 @@ class Mounts(unittest.TestCase):
         self.assertEqual('here\nKEY\n', self.server.get(reply.json['ipv6'], '/page'))
         self.server.restart()
         self.assertEqual('here\nKEY\n', self.server.get(reply.json['ipv6'], '/page'))
+
+    def test_a_folder_that_was_made_anew(self):
+        """What systemd does with a RuntimeDirectory= when the service is restarted."""
+        names = 'import os\ndef app(e, s):\n s("200 OK", [])\n return [" ".join(os.listdir("/srv/anew")).encode()]\n'
+        self.host.sh('mkdir /srv/anew; touch /srv/anew/first')
+        wanted = {'handler.py': names, 'faas.toml': '[mounts]\n"/srv/anew" = "ro"\n'}
+        ipv6 = self.server.deploy('anew', wanted).json['ipv6']
+        self.assertEqual('first', self.server.get(ipv6))
+        self.host.sh('rm -r /srv/anew')
+        self.assertEqual('', self.server.get(ipv6))
+        self.host.sh('mkdir /srv/anew; touch /srv/anew/second')
+        lab.wait_until(lambda: self.server.get(ipv6) == 'second', 20, 'the folder that is there now')
+        self.assertTrue(self.server.printed('Redeployed anew'))
+        self.assertTrue(self.server.printed('since /srv/anew was made anew'))
+        self.assertEqual(2, self.server.status_of('anew')['revision'])
 
     def test_only_root_gives_it_and_only_what_is_allowed(self):
         files = {'handler.py': LOOKS, 'faas.toml': '[mounts]\n"/run/service" = "ro"\n'}

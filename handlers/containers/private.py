@@ -5,6 +5,7 @@ the host does not see it, and it is gone when the container ends. The configurat
 because variables may be secrets.
 """
 
+import contextlib
 import errno
 import os
 from collections.abc import Mapping
@@ -59,6 +60,19 @@ class Private(NamedTuple):
         """Raise MountRefused unless the folders that the Spec wants are there and may be mounted."""
         for path, how in spec.settings.get('mounts', {}).items():
             os.close(self._open(path, how))
+
+    def changed(self, spec: Spec, pid: int) -> set[tuple[str, int, int]]:
+        """The (path, device, inode) of the folders that are others now than those that the instance sees.
+
+        `pid` is its first process.
+        """
+        found = set()
+        for path, how in spec.settings.get('mounts', {}).items():
+            with contextlib.suppress(OSError, MountRefused):  # it has ended, or the service is only being restarted
+                now, seen = identity(self._open(path, how)), identity(seen_by(pid, path))
+                if now != seen:
+                    found.add((path, *now))
+        return found
 
     def add(self, config: dict, spec: Spec, base: int) -> str:
         """Add to the OCI configuration what the Spec wants. Returns the folder for config.json.
@@ -126,6 +140,24 @@ class Private(NamedTuple):
                 hint = f'write where it leads: {os.path.realpath(path)}'
                 raise MountRefused(f'{path} is a link, or goes through one', hint) from error
             raise MountRefused(f'there is no folder {path} on the server', 'start the service that makes it') from error
+
+
+def identity(fd: int) -> tuple[int, int]:
+    """The device and the inode of a folder. Consumes the descriptor."""
+    try:
+        info = os.fstat(fd)
+        return info.st_dev, info.st_ino
+    finally:
+        os.close(fd)
+
+
+def seen_by(pid: int, path: str) -> int:
+    """A descriptor (owned) of the folder as a process sees it. Raises OSError."""
+    root = os.open(f'/proc/{pid}/root', os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return rootfs.open_at(root, path, os.O_PATH | os.O_DIRECTORY, rootfs.RESOLVE_IN_ROOT)
+    finally:
+        os.close(root)
 
 
 def read_places(text: str) -> dict[str, str]:
