@@ -164,6 +164,20 @@ class Given(unittest.TestCase):
         self.assertEqual('Removed KEY\n', self.faas('secret', 'rm', 'KEY').stdout)
         self.assertEqual('No secrets yet.', self.faas('secret', 'list').stdout.splitlines()[0])
 
+    def test_what_the_api_refuses(self):
+        before = self.server.api('GET', '/api/secret').json
+        for name in ('..', '%2e%2e', '.KEY', 'a%00', 'a%0a', 'x' * 65, '%c3%bc', '-'):
+            with self.subTest(name):
+                self.assertEqual(400, self.server.api('POST', f'/api/secret/{name}', b'x').status)
+                self.assertEqual(404, self.server.api('DELETE', f'/api/secret/{name}').status)
+        for value, status in ((b'', 400), (bytes(secrets.MOST_VALUE + 1), 413)):
+            self.assertEqual(status, self.server.api('POST', '/api/secret/NEW', value).status)
+        self.assertEqual(before, self.server.api('GET', '/api/secret').json)
+        biggest = os.urandom(secrets.MOST_VALUE)
+        self.assertEqual(200, self.server.api('POST', '/api/secret/NEW', biggest).status)
+        self.assertEqual(405, self.server.api('GET', '/api/secret/NEW').status)
+        self.assertEqual(200, self.server.api('DELETE', '/api/secret/NEW').status)
+
     def test_an_image_and_its_user(self):
         busybox = 'busybox', programs.static_busybox().read_bytes(), {'mode': 0o755}
         page = ('sh', '-c', 'cp /run/secrets/KEY /tmp/page; exec /busybox httpd -f -p [::]:80 -h /tmp')
