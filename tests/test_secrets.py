@@ -111,6 +111,33 @@ class Store(unittest.TestCase):
                 secrets.Secrets(self.store.folder).get('OTHER')
 
 
+# crun keeps a copy of the configuration beside the state of a container; this is runc, and does so.
+CRUN = """#!/bin/sh
+root=$2
+runc "$@" || exit
+bundle=$(echo "$@" | sed -n 's/.*--bundle \\([^ ]*\\) .*/\\1/p')
+for ident; do :; done
+[ -z "$bundle" ] || cp "$bundle/config.json" "$root/$ident/config.json"
+"""
+
+
+@lab.needs_root
+class OtherRuntime(unittest.TestCase):
+    def test_what_crun_keeps_has_no_value(self):
+        host = self.enterContext(lab.Host('server'))
+        host.path('/usr/local/bin/crun').write_text(CRUN)
+        host.sh('chmod 755 /usr/local/bin/crun')
+        server = self.enterContext(serving.standalone(host, FAAS_RUNTIME='crun'))
+        value = os.urandom(12).hex()
+        server.api('POST', '/api/secret/KEY', value.encode())
+        files = {'handler.py': READS, 'faas.toml': 'secrets = ["KEY"]\n[env]\nTOKEN = { secret = "KEY" }\n'}
+        ipv6 = server.deploy('reads', files).json['ipv6']
+        self.assertEqual(f'{value} {value} 400 0', server.get(ipv6))
+        self.assertEqual('1', host.sh('ls /run/faasd/crun/*/config.json | wc -l').strip())
+        itself = f'{value[:-1]}[{value[-1]}]'
+        self.assertEqual('', host.sh(f'grep -rlas "{itself}" /run; true'))
+
+
 @lab.needs_root
 class Given(unittest.TestCase):
     """To a function on a real server."""

@@ -270,6 +270,8 @@ class Containers:
         run += ['--preserve-fds', '1'] if protocol.CHANNEL_FD in fds else []
         code = process.run_with_fds([*bundle.limited(), *self._runtime, '--log', errors, *run, ident], fds)
         os.unlink(os.path.join(config_dir, 'config.json'))  # the runtime has read it, and it may hold secrets
+        if os.path.exists(os.path.join(kept := os.path.join(self._roots['crun'], ident), 'config.json')):
+            self._write(kept, 'config.json', config | {'process': config['process'] | {'env': []}})
         if code:
             said = runtime_said(errors) or f'{self._runtime[0]} ended with exit code {code}'
             raise ContainerError(*program_missing(said, spec) or (said,))
