@@ -10,6 +10,7 @@ from control.functions import Ending, Functions
 from control.projection import Projection
 from control.revisions import Revisions
 from control.secrets import SecretInUse, Secrets, users
+from control.volumes import Volumes
 from handlers.containers.limits import Bounds
 from handlers.images import wants
 from handlers.images.spec import Spec
@@ -60,11 +61,13 @@ class Deployments:
         addresses: Projection,
         bounds: Bounds,
         secrets: Secrets,
+        volumes: Volumes,
         max_upload: int,
         emit: Emit,
     ) -> None:
         self._functions, self._registry, self._revisions, self._addresses = functions, known, revisions, addresses
-        self._bounds, self._secrets, self._max_upload, self._emit = bounds, secrets, max_upload, emit
+        self._bounds, self._secrets, self._volumes = bounds, secrets, volumes
+        self._max_upload, self._emit = max_upload, emit
 
     # Verbs
 
@@ -152,11 +155,7 @@ class Deployments:
         ]
 
     def _users(self, name: str) -> list[str]:
-        wanted = []
-        for function in self._registry.functions():
-            with contextlib.suppress(FaasError):  # one that cannot be read wants nothing until it is deployed again
-                wanted.append((function.name, self._described(function).effective(function.config).settings))
-        return users(name, wanted)
+        return users(name, ((function, spec.settings) for function, spec in self.wanted()))
 
     def _same_code(
         self, name: str, change: 'Change', is_wanted: Callable[[], bool], verb: str, more: str
@@ -202,6 +201,7 @@ class Deployments:
             revision = self._revisions.load(function, number, config)
             self._bounds.check(revision.spec)
             self._secrets.check(revision.spec.settings)
+            steps.callback(self._volumes.prepare(name, revision.spec))
             pool = self._functions.pool_for(function, steps)
             instance = self._up(pool, revision, is_wanted)
             steps.callback(pool.discard, instance)
@@ -270,6 +270,14 @@ class Deployments:
             'limits': self._bounds.of(spec)._asdict(),
             'instances': self._functions.instances(function),
         }
+
+    def wanted(self) -> list[tuple[str, Spec]]:
+        """[(name, Spec)] of the live functions. One that cannot be read wants nothing until it is deployed again."""
+        found = []
+        for function in self._registry.functions():
+            with contextlib.suppress(FaasError):
+                found.append((function.name, self._described(function).effective(function.config)))
+        return found
 
     def _described(self, function: registry.Function) -> Spec:
         try:

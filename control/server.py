@@ -20,6 +20,7 @@ from control.functions import Functions
 from control.health import Health
 from control.peers import Peers
 from control.secrets import Secrets
+from control.volumes import Volumes
 from registry import PEERS
 
 BACKLOG = 128
@@ -32,6 +33,7 @@ class Verbs(NamedTuple):
     functions: Functions
     deployments: Deployments
     secrets: Secrets
+    volumes: Volumes
     peers: Peers
     health: Health
     refusals: Refusals

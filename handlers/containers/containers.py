@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from handlers.containers import bundle, protocol, rootfs
+from handlers.containers import bundle, protocol, rootfs, volumes
 from handlers.containers.bundle import ID_RANGE
 from handlers.containers.limits import Bounds, Limits, usage
 from handlers.images.spec import Spec
@@ -56,9 +56,11 @@ class Containers:
         layers_base: int | None = None,
         most: Limits | None = None,
         secret_store: SecretStore | None = None,
+        volume_store: volumes.VolumeStore | None = None,
     ) -> None:
         self.prefix, self._id_base = prefix, id_base
         self.bounds, self._secret_store = Bounds(limits, most or limits), secret_store
+        self._volume_store, self.volume_holders = volume_store, volumes.Holders()
         self._layers_base = layers_base or id_base  # the first of the ids that own the files of layers
         self._cgroup = f'{cgroup}/{prefix}'
         self._rootfs, self._instances = os.path.join(run_dir, 'rootfs'), os.path.join(run_dir, 'instances')
@@ -87,10 +89,11 @@ class Containers:
         return kept
 
     def _end_leftovers(self, wanted):
-        kept = []
+        kept, records = [], {}
         folders = [folder for folder in (self._instances, *self._roots.values()) if os.path.isdir(folder)]
         for ident in {ident for folder in folders for ident in os.listdir(folder)}:
             record, container = self._left(ident)
+            records[ident] = record
             if container and record['listener'] is not None and wanted(record):
                 kept.append((record, container))
             elif container or record:
@@ -107,6 +110,10 @@ class Containers:
             for fd, _ in living.poll(100):
                 living.unregister(fd)
                 running.discard(fd)
+        leftovers = [container for container in self._leftovers.values() if container and container.pidfd in running]
+        for container in (*leftovers, *(container for _, container in kept)):
+            record = records[container.ident]
+            self.volume_holders.take(container.ident, record['function'], record.get('volumes', {}), sure=True)
         return kept
 
     def _left(self, ident):
@@ -197,6 +204,8 @@ class Containers:
         try:
             with contextlib.ExitStack() as undo:
                 undo.callback(self._delete, ident)
+                wanted = dict.fromkeys(spec.settings.get('volumes', ()), spec.overlaps)
+                self.volume_holders.take(ident, name, wanted)
                 os.mkdir(bundle_dir, 0o700)
                 base = self._id_base + slot * ID_RANGE
                 record = {
@@ -209,6 +218,7 @@ class Containers:
                     'stop_signal': spec.stop_signal,
                     'listener': cookie,
                     'memory': self.bounds.of(spec).memory,
+                    'volumes': wanted,
                 }
                 self._write(bundle_dir, 'record.json', record)
                 notifier = undo.enter_context(listening(os.path.join(bundle_dir, NOTIFIER), 0o600))
@@ -219,7 +229,7 @@ class Containers:
                 run = [ident, name, spec, tree, bundle_dir, base, {1: output, 2: output}]
                 if channel is not None:
                     run[-1][protocol.CHANNEL_FD] = channel
-                if spec.layers:
+                if spec.layers or wanted:
                     rootfs.apart(lambda: self._run(*run))
                 else:
                     self._run(*run)
@@ -250,6 +260,9 @@ class Containers:
             make.add_folder(config, spec, tree)
         if protocol.CHANNEL_FD not in fds:
             make.add_ways_to_serve(config, spec, bundle_dir)
+        if spec.settings.get('volumes'):
+            ids = users if spec.layers else self._mapping(volumes.FOLDER_ID, base, 1)
+            volumes.add(config, spec, self._image, self._volume_store, ids, base)
         # The instance must own its output to open /dev/stdout, where the log files of many images lead.
         user = config['process']['user']
         os.fchown(fds[1], base + user['uid'], base + user['gid'])
@@ -327,6 +340,7 @@ class Containers:
             with contextlib.suppress(OSError):
                 os.rmdir(os.path.join(where, ident))
         shutil.rmtree(os.path.join(self._instances, ident), ignore_errors=True)
+        self.volume_holders.release(ident)
 
     @staticmethod
     def _write(bundle_dir: str, name: str, content: dict) -> None:

@@ -12,7 +12,7 @@ import shutil
 import stat
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from host import process
 from host.errors import FaasError
@@ -113,7 +113,7 @@ def mount(where: str, layers: list[str], ids: int, size: int, owner: int) -> str
     layers = list(dict.fromkeys(reversed(layers)))
     for number, layer in enumerate(layers):
         os.mkdir(f'layers/{number}')
-        _map(layer, f'layers/{number}', ids)
+        map_ids(layer, f'layers/{number}', ids, MOUNT_ATTR_RDONLY)
     os.chmod('upper', stat.S_IMODE(os.stat('layers/0').st_mode))
     os.chown('upper', owner, owner)
     os.symlink('run/faas/control.sock', 'upper/control.sock')
@@ -126,14 +126,29 @@ def mount(where: str, layers: list[str], ids: int, size: int, owner: int) -> str
     return os.path.join(where, 'root')
 
 
-def _map(layer, where, ids):
-    """Mount the folder `layer` at `where`, read-only, with the owners mapped by the user namespace `ids`."""
+def scratch(where: str, lower: str, paths: Iterable[str]) -> str:
+    """Mount at `where` a tmpfs with the read-only tree `lower` that has also the folders `paths`; returns its path.
+
+    To be called by apart().
+    """
+    _checked(libc.mount(b'tmpfs', os.fsencode(where), b'tmpfs', MS_NOSUID | MS_NODEV, b'mode=755'), 'mount')
+    points, root = os.path.join(where, 'points'), os.path.join(where, 'root')
+    os.mkdir(root)
+    for path in paths:
+        os.makedirs(points + path)
+    options = os.fsencode(f'lowerdir={points}:{lower}')
+    _checked(libc.mount(b'overlay', os.fsencode(root), b'overlay', MS_NODEV, options), 'mount of the root')
+    return root
+
+
+def map_ids(layer: str, where: str, ids: int, attributes: int = 0) -> None:
+    """Mount the folder `layer` at `where` with the owners mapped by the user namespace `ids`. Raises ImageUnusable."""
     tree = _checked(
         libc.syscall(OPEN_TREE, AT_FDCWD, os.fsencode(layer), OPEN_TREE_CLONE | os.O_CLOEXEC), 'open_tree'
     )
     try:
         # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
-        attributes = struct.pack('QQQQ', MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV | MOUNT_ATTR_IDMAP, 0, MS_PRIVATE, ids)
+        attributes = struct.pack('QQQQ', attributes | MOUNT_ATTR_NODEV | MOUNT_ATTR_IDMAP, 0, MS_PRIVATE, ids)
         if libc.syscall(MOUNT_SETATTR, tree, b'', AT_EMPTY_PATH, attributes, len(attributes)):
             why = os.strerror(ctypes.get_errno())
             raise ImageUnusable(
@@ -148,19 +163,25 @@ def _map(layer, where, ids):
 
 def read_within(root: str, path: str) -> list[str]:
     """The lines of the text file `path` in a tree of a stranger, [] without one. Links cannot lead out of the tree."""
-    top = os.open(root, os.O_PATH | os.O_CLOEXEC)
-    try:
-        # struct open_how of linux/openat2.h: flags, mode, resolve
-        how = struct.pack('QQQ', os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0, RESOLVE_IN_ROOT)
-        fd = libc.syscall(OPENAT2, top, path.encode(), how, len(how))
-    finally:
-        os.close(top)
-    if fd == -1:
+    fd = open_within(root, path)
+    if fd is None:
         return []
     with open(fd, 'rb') as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             return []
         return file.read(MOST_ACCOUNTS).decode(errors='replace').splitlines()
+
+
+def open_within(root: str, path: str, flags: int = 0) -> int | None:
+    """A descriptor (owned by the caller) to read `path` in a tree of a stranger. None: there is no such thing."""
+    top = os.open(root, os.O_PATH | os.O_CLOEXEC)
+    try:
+        # struct open_how of linux/openat2.h: flags, mode, resolve
+        how = struct.pack('QQQ', flags | os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0, RESOLVE_IN_ROOT)
+        fd = libc.syscall(OPENAT2, top, path.encode(), how, len(how))
+    finally:
+        os.close(top)
+    return None if fd == -1 else fd
 
 
 def find_user(root: str, user: str) -> tuple[dict, str]:
