@@ -65,13 +65,17 @@ class Volumes:
     # For instances
 
     def mount(self, name: str, where: str) -> None:
-        """Mount the file system at the folder `where`, in the mount namespace of this thread. Raises NoVolume, FaasError."""
+        """Mount the file system at the folder `where`, in the mount namespace of this thread.
+
+        Raises NoVolume, FaasError.
+        """
         try:
             volume_image.mount(self._path(name), where)
         except FileNotFoundError as error:
             raise missing(name) from error
         except OSError as error:
-            raise FaasError(f'the volume {name} cannot be mounted: {error}', 'the log of the kernel says more: dmesg') from error
+            hint = 'the log of the kernel says more: dmesg'
+            raise FaasError(f'the volume {name} cannot be mounted: {error}', hint) from error
 
     # For deploys
 
@@ -146,7 +150,7 @@ class Volumes:
             except InUse as error:
                 if size < former:
                     raise self._in_use(name, 'becomes not smaller') from error
-                if size > former:
+                if size >= former:  # a killed faasd may have made the file larger alone
                     self._grow(name, size)
         self._emit('volume', f'Resized the volume {name} from {wants.to_text(former)} to {wants.to_text(size)}, {by}')
         return {'name': name, 'size': size}

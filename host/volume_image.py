@@ -74,8 +74,9 @@ def allocate(path: str, size: int) -> None:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             room = os.statvfs(path)
+            free = room.f_bavail * room.f_frsize >> 20
             raise FaasError(
-                f'the disk of the server has no room for {size >> 20} MiB: {room.f_bavail * room.f_frsize >> 20} are free',
+                f'the disk of the server has no room for {size >> 20} MiB: {free} are free',
                 'ask for a smaller size, or remove volumes that nobody needs: faas volume list',
             ) from error
         os.fsync(file.fileno())
@@ -166,14 +167,19 @@ def _find(path):
             try:
                 status = fcntl.ioctl(device, LOOP_GET_STATUS64, bytes(struct.calcsize(INFO)))
                 number, inode = struct.unpack_from('2Q', status)
-                major, minor = os.major(wanted.st_dev), os.minor(wanted.st_dev)
-                if inode == wanted.st_ino and number in (minor & 0xFF | major << 8 | (minor & ~0xFF) << 12, wanted.st_dev):
+                if (number, inode) == (in_kernel(wanted.st_dev), wanted.st_ino):
                     device, found = None, device
                     return found, f'/dev/{entry}'
             finally:
                 if device is not None:
                     os.close(device)
     return None
+
+
+def in_kernel(device: int) -> int:
+    """The number of a device as the kernel writes it into lo_device; the C library's is another."""
+    major, minor = os.major(device), os.minor(device)
+    return minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
 
 
 def mount(path: str, where: str) -> None:
@@ -234,14 +240,19 @@ def copy(path: str, target: str) -> bool:
 
 def grow(path: str, size: int, where: str) -> None:
     """Make the file system larger, also while it is used. It is mounted at `where`. Raises FaasError, OSError."""
-    allocate(path, size)
+    former = os.stat(path).st_size
     with attached(path) as device, _folder(where) as fd:
         opened = os.open(device, os.O_RDWR | os.O_CLOEXEC)
         try:
+            allocate(path, size)
             fcntl.ioctl(opened, LOOP_SET_CAPACITY)
+            fcntl.ioctl(fd, EXT4_IOC_RESIZE_FS, struct.pack('Q', size // BLOCK))
+        except PermissionError:  # nothing has changed. After another error a part may be larger
+            os.truncate(path, former)
+            fcntl.ioctl(opened, LOOP_SET_CAPACITY)
+            raise
         finally:
             os.close(opened)
-        fcntl.ioctl(fd, EXT4_IOC_RESIZE_FS, struct.pack('Q', size // BLOCK))
 
 
 @contextlib.contextmanager

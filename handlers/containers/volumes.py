@@ -51,7 +51,8 @@ class Holders:
             for other, held in self._holds.values():
                 for name in () if sure else held.keys() & wanted.keys():
                     if not (held[name] and wanted[name]):
-                        raise VolumeInUse(f'an instance of {other} has the volume {name}', 'try again when it has ended')
+                        text = f'an instance of {other} has the volume {name}'
+                        raise VolumeInUse(text, 'try again when it has ended')
             if wanted:
                 self._holds[ident] = function, wanted
 
