@@ -51,6 +51,7 @@ from handlers.serving.instance import Surroundings
 from handlers.serving.loop import Loop
 from handlers.serving.server import FaaSServer
 from host import files, netlink, process, systemd
+from host.egress import Egress
 from host.errors import EXPECTED, StartError
 from host.firewall import Firewall
 from host.guard import Guard, GuardUnavailable, Unguarded
@@ -204,8 +205,13 @@ class Daemon:
         layers = Layers(f'{STATE}/layers')
         layers.prepare()
         layers_base = layers.id_base(settings['id_base'])
-        self.revisions = Revisions(STATE, layers, layers_base, settings['max_unpacked'], self._emit)
+        self.revisions = Revisions(
+            STATE, layers, layers_base, settings['max_unpacked'], settings['egress'], self._emit
+        )
         self.secrets = Secrets(f'{STATE}/secrets')
+        self.egress = Egress(
+            settings['nft_table'], settings['egress_ipv4'], registry.GATEWAY, registry.ZONE_SERVER, self._emit
+        )
         self.volumes = Volumes(f'{STATE}/volumes', RUN, self._emit)
         self.volumes.thaw()  # before the instances of a killed faasd are: a write that waits cannot be
         self._storage.add([self.secrets.folder, self.volumes.folder])
@@ -220,6 +226,7 @@ class Daemon:
             Limits(settings['memory_max'], settings['pids_max'], settings['cpus_max']),
             self.secrets,
             self.volumes,
+            self.egress,
         )
         self.volumes.holders = self.containers.volume_holders
         self._undo.callback(self.containers.close)
@@ -230,6 +237,8 @@ class Daemon:
         """Before the first listener, until after the last instance."""
         self.firewall.load()
         self._undo.callback(self._unless_left, self.firewall.remove)
+        self.egress.begin()
+        self._undo.callback(self._unless_left, self.egress.remove)
 
     def _load_guard(self) -> None:
         settings = self._settings
@@ -344,6 +353,8 @@ class Daemon:
         self._undo.callback(links.close)
         rules = netlink.listen(netlink.NETLINK_NETFILTER, netlink.NFNLGRP_NFTABLES)
         self._undo.callback(rules.close)
+        egress_rules = netlink.listen(netlink.NETLINK_NETFILTER, netlink.NFNLGRP_NFTABLES)
+        self._undo.callback(egress_rules.close)
         interface = self.vpn.interface
         repairs = Repairs(
             self.registry,
@@ -357,6 +368,8 @@ class Daemon:
         )
         checks = [
             Check('rules', repairs.table, CLOSELY_S, rules),
+            Check('egress', self.egress.heal, CLOSELY_S, egress_rules),
+            Check('names', self.egress.refresh),
             Check('guard', self.guard.heal),
             Check('injector', self.injector.check),
             Check('apart', self.apart.check),

@@ -24,7 +24,7 @@ GATEWAY = 'fd00:faa5:0:100::1'  # WireGuard, CoreDNS and the control API on wg0
 ZONE_SERVER = 'fd00:faa5:0:100::2'  # CoreDNS for faas alone: it refuses every other name
 PEERS = 'fd00:faa5:0:100'
 FIRST_HOST, LAST_HOST = 0xA, 0xFFFF
-RESERVED = frozenset(('ns', 'dashboard', 'metrics', 'peers'))  # labels of the apex that no function may have
+RESERVED = frozenset(('ns', 'dashboard', 'metrics', 'peers', 'host'))  # labels of the apex that no function may have
 # For this time a redeemed invite gives the same answer to the same key again: the reply may have been lost.
 INVITE_REPEAT_S = 120
 FIRST_SERIAL = 2025001  # as the document has it

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Protocol
 
-from host import files, process
+from host import egress_rules, files, process
 from host.errors import is_scarce
 from host.projected_folder import ProjectedFolder
 from host.wireguard import Interface, VPNError
@@ -387,7 +387,8 @@ class VPNManager(Interface):
             ['address', 'show', 'to', RANGE], ['route', 'show', 'root', RANGE])]
         taken = {item['ifname']: item['addr_info'][0]['local'] for item in show[0] if item}
         taken |= {item['dev']: item['dst'] for item in show[1] if 'dev' in item}
-        for interface in taken.keys() - {*own, 'lo'}:
+        links = {interface for interface in taken if interface.startswith(egress_rules.LINKS)}
+        for interface in taken.keys() - {*own, *links, 'lo'}:
             raise VPNError(
                 f'{RANGE} is in use on this host: {interface} has {taken[interface]}',
                 f"take {interface} down; if that was faasd's interface: FAAS_WG_INTERFACE={interface}",

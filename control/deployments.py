@@ -246,11 +246,13 @@ class Deployments:
         """
         function = self._registry.function(name)
         spec = self._described(function)
-        effective, place = spec.effective(function.config), 'the image' if spec.layers else 'the folder'
+        effective = self._revisions.effective(spec, function.config)
+        place = 'the image' if spec.layers else 'the folder'
         set_by_flags = dict(wants.lines(function.config))
         rows = []
         for key, value in wants.lines(effective.settings):
-            origin = 'flags' if key in set_by_flags else place
+            described = key.partition('.')[0] in spec.settings
+            origin = 'flags' if key in set_by_flags else place if described else 'the server'
             rows.append({'key': key, 'value': value, 'from': origin})
         limits = self._bounds.of(effective)._asdict()
         for key in ('memory', 'cpus', 'pids'):
@@ -262,7 +264,7 @@ class Deployments:
         """The function as in the list, its config, its limits, and what its instances use. Raises NotFound."""
         function = self._registry.function(name)
         row = next((row for row in self._functions.list() if row['name'] == name), {})
-        spec = self._described(function).effective(function.config)
+        spec = self._revisions.effective(self._described(function), function.config)
         return {
             **row,
             'kind': spec.kind,
@@ -276,7 +278,8 @@ class Deployments:
         found = []
         for function in self._registry.functions():
             with contextlib.suppress(FaasError):
-                found.append((function.name, self._described(function).effective(function.config)))
+                spec = self._revisions.effective(self._described(function), function.config)
+                found.append((function.name, spec))
         return found
 
     def _described(self, function: registry.Function) -> Spec:

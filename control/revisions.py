@@ -24,9 +24,13 @@ def link(old: str, new: str) -> None:
 class Revisions:
     """What is stored below `state`. Files of layers belong to the ids from `layers.id_base` on."""
 
-    def __init__(self, state: str, layers: Layers, layers_base: int, max_unpacked: int, emit: Emit) -> None:
+    def __init__(
+        self, state: str, layers: Layers, layers_base: int, max_unpacked: int, egress: list[str], emit: Emit
+    ) -> None:
+        """`egress` is what a function may reach that does not say it."""
         self._functions = f'{state}/functions'
         self._layers, self._layers_base, self._max_unpacked, self._emit = layers, layers_base, max_unpacked, emit
+        self._default = {'egress': egress} if egress else {}
 
     def folder(self, function: registry.Function, number: int | None = None) -> str:
         """The folder of a function, or of one of its revisions."""
@@ -42,8 +46,13 @@ class Revisions:
         Raises OSError, ValueError when what is on disk cannot be used.
         """
         folder = self.folder(function, number)
-        spec = read_spec(folder).effective(function.config if config is None else config)
+        spec = self.effective(read_spec(folder), function.config if config is None else config)
         return Revision(number, folder, spec, self._layers.folder if spec.layers else tree(folder))
+
+    def effective(self, spec: Spec, config: dict[str, object]) -> Spec:
+        """The Spec with what flags and this server say."""
+        spec = spec.effective(config)
+        return spec._replace(settings=self._default | spec.settings)
 
     def described(self, function: registry.Function) -> Spec:
         """The Spec of the live revision as its folder or image has it. Raises OSError, ValueError."""

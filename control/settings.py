@@ -10,11 +10,13 @@ from typing import Any
 from control.events import printable
 from handlers.containers.bundle import ID_RANGE
 from handlers.containers.containers import ID_SLOTS
+from handlers.images import wants
 from handlers.images.wants import to_bytes
 from host.errors import FaasError, StartError
 from vpn_manager import split_endpoint
 
 WIREGUARD_PORT = 51820
+INTERFACE = r'(?!faas-)[a-zA-Z0-9_][\w.-]{0,14}'  # see host.egress_rules.LINKS
 ENV_FILE = '/etc/faasd/faasd.env'
 MACHINE_MEMORY = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
 
@@ -49,13 +51,20 @@ def endpoint(text: str) -> str:
     return text
 
 
+def ipv4_network(text: str) -> str:
+    network = ipaddress.IPv4Network(text)
+    if network.prefixlen > 27:
+        raise ValueError('a network of at least 32 addresses is expected')
+    return str(network)
+
+
 def resolvers(text: str) -> list[str]:
     return [str(ipaddress.ip_address(address)) for address in text.split()]
 
 
 SETTINGS = {  # name: (default, parser); docs/API.md has the same table, a test compares them
     'FAAS_VPN_ENDPOINT': ('', endpoint),
-    'FAAS_WG_INTERFACE': ('wg0', matching(r'[a-zA-Z0-9_][\w.-]{0,14}', 'the name of an interface')),
+    'FAAS_WG_INTERFACE': ('wg0', matching(INTERFACE, 'the name of an interface, not of a veth of ours,')),
     'FAAS_WG_PORT': ('51820', number(int, 1, 65535)),
     'FAAS_NFT_TABLE': ('faas', matching(r'[a-zA-Z]\w{0,30}', 'the name of a table')),
     'FAAS_GUARD': ('bpf', matching('bpf|table', 'bpf or table')),
@@ -73,6 +82,8 @@ SETTINGS = {  # name: (default, parser); docs/API.md has the same table, a test 
     'FAAS_MEMORY_MAX': ('0', at_most(to_bytes, MACHINE_MEMORY)),
     'FAAS_PIDS_MAX': ('16384', number(int, 8, 1 << 20)),
     'FAAS_CPUS_MAX': ('0', at_most(float, os.cpu_count())),
+    'FAAS_EGRESS': ('', lambda text: wants.egress(wants.read_list(text))),
+    'FAAS_EGRESS_IPV4': ('198.18.0.0/16', ipv4_network),
     'FAAS_RUNTIME': ('runc', matching('runc|crun', 'runc or crun')),
     'FAAS_CGROUP': ('', matching(r'(/[\w@.-]+)*', 'the path of a cgroup from the root')),
     'FAAS_ID_BASE': ('1879048192', number(int, 65536, (1 << 31) - ID_SLOTS * ID_RANGE)),

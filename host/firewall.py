@@ -2,7 +2,7 @@
 
 import re
 
-from host import process
+from host import egress_rules, process
 from host.errors import FaasError
 
 MARK = 0xFAA5  # on every socket that is handed out; see RULES
@@ -10,13 +10,15 @@ MARK = 0xFAA5  # on every socket that is handed out; see RULES
 # Who may talk to what. The mark rules belong to the hand-off: a function holds sockets of the host's network, and
 # AF_UNSPEC plus connect() or bind() plus listen() would otherwise make them a way into it. They look at SYNs only, so
 # running answers survive a reload of the table. Protocols are numbers (ICMPv6, TCP, UDP): a small server may lack
-# /etc/protocols.
+# /etc/protocols. What comes from the veth of an instance, or goes there, is marked by the table of egress.py; without
+# that table nothing passes.
 RULES = """\
 table inet {table}
 delete table inet {table}
 table inet {table} {{
   chain input {{ type filter hook input priority filter; policy accept;
-    ip6 daddr fd00:faa5::/32 iifname != {{ "{interface}", "lo" }} counter drop
+    iifname "faas-*" meta mark != {egress_mark:#x} counter drop
+    ip6 daddr fd00:faa5::/32 iifname != {{ "{interface}", "lo" }} iifname != "faas-*" counter drop
     socket mark {mark:#x} tcp flags & (syn | ack) == syn ip6 daddr fd00:faa5:1::/48 tcp dport 80 accept
     socket mark {mark:#x} tcp flags & (syn | ack) == syn counter drop
     iifname != "{interface}" return
@@ -34,6 +36,8 @@ table inet {table} {{
   chain forward {{ type filter hook forward priority filter; policy accept;
     iifname "{interface}" counter drop
     oifname "{interface}" counter drop
+    iifname "faas-*" meta mark != {egress_mark:#x} counter drop
+    oifname "faas-*" meta mark != {egress_mark:#x} counter drop
   }}
 }}
 """
@@ -61,6 +65,7 @@ class Firewall:
             gateway=self._gateway,
             zone_server=self._zone_server,
             mark=MARK,
+            egress_mark=egress_rules.MARK,
         )
         try:
             process.run(['nft', '-f', '-'], input=rules)

@@ -23,7 +23,7 @@ class Table(inside.InHost):
         self.assertTrue(table.is_loaded())
         listing = self.nft('-a', 'list', 'table', 'inet', 'faas')
         handles = re.findall(r'(drop|reject|accept|return) # handle (\d+)', listing)
-        self.assertEqual(14, len(handles))
+        self.assertEqual(17, len(handles))
         chains = re.findall(r'chain (\w+) \{ # handle', listing)
         self.assertEqual(['input', 'output', 'forward'], chains)
         for command in (

@@ -20,7 +20,7 @@ class OnDisk(unittest.TestCase):
         self.layers.prepare()
         self.events = []
         emit = lambda area, text, **more: self.events.append(text)  # noqa: E731
-        self.revisions = Revisions(str(self.state), self.layers, 1 << 20, 1 << 20, emit)
+        self.revisions = Revisions(str(self.state), self.layers, 1 << 20, 1 << 20, [], emit)
 
     def revision(self, folder, digit):
         """A revision of an image with one layer, whose digest is made of that digit."""

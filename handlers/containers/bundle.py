@@ -162,6 +162,15 @@ class Configurations(NamedTuple):
         linux['sysctl'] = {'net.ipv4.ip_unprivileged_port_start': '0'}
 
 
+def add_egress(config: dict, namespace: int, hosts: str, resolv_conf: str) -> None:
+    """Have the instance in a network that was made for it (a descriptor), with these files in /etc."""
+    linux = config['linux']
+    others = [each for each in linux['namespaces'] if each['type'] != 'network']
+    linux['namespaces'] = [*others, {'type': 'network', 'path': f'/proc/{os.getpid()}/fd/{namespace}'}]
+    config['mounts'] = [each for each in config['mounts'] if each['destination'] != '/etc/hosts']
+    config['mounts'] += [host('/etc/hosts', hosts), host('/etc/resolv.conf', resolv_conf)]
+
+
 # Valid only in the instance's user namespace. KILL: a master that is root, such as gunicorn's, ends its workers.
 IMAGE_CAPABILITIES = ('CAP_CHOWN', 'CAP_SETUID', 'CAP_SETGID', 'CAP_DAC_OVERRIDE', 'CAP_KILL')
 

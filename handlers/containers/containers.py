@@ -20,6 +20,7 @@ from handlers.containers.bundle import ID_RANGE
 from handlers.containers.limits import Bounds, Limits, usage
 from handlers.images.spec import Spec
 from host import process, sock_diag
+from host.egress import Egress
 from host.errors import EXPECTED, FaasError
 
 ID_SLOTS = 4096
@@ -57,9 +58,10 @@ class Containers:
         most: Limits | None = None,
         secret_store: SecretStore | None = None,
         volume_store: volumes.VolumeStore | None = None,
+        egress: Egress | None = None,
     ) -> None:
         self.prefix, self._id_base = prefix, id_base
-        self.bounds, self._secret_store = Bounds(limits, most or limits), secret_store
+        self.bounds, self._secret_store, self._egress = Bounds(limits, most or limits), secret_store, egress
         self._volume_store, self.volume_holders = volume_store, volumes.Holders()
         self._layers_base = layers_base or id_base  # the first of the ids that own the files of layers
         self._cgroup = f'{cgroup}/{prefix}'
@@ -96,6 +98,8 @@ class Containers:
             records[ident] = record
             if container and record['listener'] is not None and wanted(record):
                 kept.append((record, container))
+                if self._egress and 'egress' in record:
+                    self._egress.adopt(ident, record['egress'])
             elif container or record:
                 self._leftovers[ident] = container
             else:  # nobody knows what it is, but the runtime
@@ -206,6 +210,8 @@ class Containers:
                 undo.callback(self._delete, ident)
                 wanted = dict.fromkeys(spec.settings.get('volumes', ()), spec.overlaps)
                 self.volume_holders.take(ident, name, wanted)
+                if self._egress:
+                    undo.callback(self._egress.detach, ident)
                 os.mkdir(bundle_dir, 0o700)
                 base = self._id_base + slot * ID_RANGE
                 record = {
@@ -235,7 +241,10 @@ class Containers:
                     self._run(*run)
                 with open(os.path.join(bundle_dir, 'pid')) as file:
                     pid = int(file.read())
-                self._write(bundle_dir, 'record.json', record | {'pid': pid, 'start_time': process.start_time(pid)})
+                record |= {'pid': pid, 'start_time': process.start_time(pid)}
+                if texts := spec.settings.get('egress'):
+                    record['egress'] = self._egress.record(ident, texts)
+                self._write(bundle_dir, 'record.json', record)
                 container = Container(ident, pid, os.pidfd_open(pid), base, record['memory'], control, notifier)
                 undo.pop_all()
                 return container
@@ -267,6 +276,13 @@ class Containers:
         user = config['process']['user']
         os.fchown(fds[1], base + user['uid'], base + user['gid'])
         self._add_secrets(config, spec, bundle_dir, base)
+        if texts := spec.settings.get('egress'):
+            link = self._egress.attach(ident, name, texts, users, bundle_dir)
+            resolv = os.path.join(bundle_dir, 'resolv.conf')
+            with open(resolv, 'w') as file:
+                file.write(self._egress.resolv_conf(link))
+            os.chmod(resolv, 0o644)
+            bundle.add_egress(config, link.namespace, link.hosts, resolv)
         self._write(bundle_dir, 'config.json', config)
         bound_sockets(f'{MEMORY_V1}{self._cgroup}/{ident}', limits.memory)
         pid_file, errors = os.path.join(bundle_dir, 'pid'), os.path.join(bundle_dir, 'runtime.log')
@@ -313,6 +329,8 @@ class Containers:
         reason = f'ended by {signals[code]}' if code in signals else f'ended with exit code {code}'
         if code in (137, 143) and self._out_of_memory(container.ident):
             reason = f'ran out of memory (the limit is {container.memory >> 20} MiB)'
+        if self._egress:
+            self._egress.detach(container.ident)
         self._delete(container.ident)
         with self._lock:
             self._slots.discard((container.base - self._id_base) // ID_RANGE)
@@ -365,9 +383,11 @@ class Containers:
                             os.rmdir(entry.path)
                 os.rmdir(where)
 
-    def usage(self, container: 'Container') -> dict[str, float]:
-        """What the container uses: see limits.usage()."""
-        return usage(os.path.join(where, container.ident) for where in self._cgroups())
+    def usage(self, container: 'Container') -> dict[str, float | str]:
+        """What the container uses: see limits.usage(). `egress` is the address by which others see it."""
+        used = usage(os.path.join(where, container.ident) for where in self._cgroups())
+        address = self._egress and self._egress.address_of(container.ident)
+        return used | ({'egress': address} if address else {})
 
     def _out_of_memory(self, ident):
         for where in self._cgroups():

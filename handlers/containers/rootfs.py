@@ -82,7 +82,8 @@ def lay_out(root: str) -> None:
         ('passwd', 'root:x:0:0:function:/tmp:/usr/sbin/nologin\nnobody:x:65534:65534::/:/usr/sbin/nologin\n'),
         ('group', 'root:x:0:\nnogroup:x:65534:\n'),
         ('hosts', '127.0.0.1 localhost\n::1 localhost\n'),
-        ('nsswitch.conf', 'passwd: files\ngroup: files\nhosts: files\n'),
+        ('nsswitch.conf', 'passwd: files\ngroup: files\nhosts: files dns\n'),
+        ('resolv.conf', ''),  # a mount point; an instance with DNS has another there
     ):
         with open(os.path.join(root, 'etc', name), 'w') as file:
             file.write(text)

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from host import egress_rules
 from host.errors import FaasError
 
 LABEL_PREFIX = 'faas.'
@@ -156,18 +157,18 @@ def place(value: object) -> str:
     return path
 
 
+def egress(value: object) -> list[str]:
+    found = texts('[!-~]+')(value)
+    for each in found:
+        egress_rules.parse(each)
+    return found
+
+
 def mounts(value: object) -> dict[str, str]:
     if not isinstance(value, dict) or len(value) > MOST_NAMES:
         raise ValueError
     return {place(path): text('ro|rw')(how) for path, how in value.items()}
 
-
-EGRESS = (
-    r'functions|internet|host:[0-9]{1,5}'
-    r'|[0-9.]+(/[0-9]{1,2})?(:[0-9]{1,5})?'
-    r'|\[[0-9a-fA-F:.]+(/[0-9]{1,3})?\](:[0-9]{1,5})?'
-    r'|(?=.{1,253}(:|$))([A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z][A-Za-z0-9-]{0,62}(:[0-9]{1,5})?'
-)
 
 KEYS = {
     'command': Key('a text or a list of texts', command, only_folder=True),
@@ -180,7 +181,7 @@ KEYS = {
         'a table of paths, or of { path = "/data", size = "1G" }', table(NAME, volume), table=True, union=True
     ),
     'egress': Key(
-        'a list of functions, internet, host:PORT, NAME[:PORT], NETWORK[:PORT]', texts(EGRESS), read_list
+        'a list of functions, internet, host:PORT, NAME[:PORT], NETWORK[:PORT]', egress, read_list
     ),
     'mounts': Key('a table of "/path" = "ro" or "rw"', mounts, table=True, union=True),
     'memory': Key('a size from 16M to 1P, such as 512M', size(16 << 20, 1 << 50)),

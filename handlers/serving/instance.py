@@ -164,7 +164,7 @@ class Instance:
         """Hand over `connection` (consumed). False when it takes no more at the moment; the caller keeps it then."""
         raise NotImplementedError
 
-    def usage(self) -> dict[str, float] | None:
+    def usage(self) -> dict[str, float | str] | None:
         """What its container uses (see limits.usage), None without one. From any thread."""
         container = self._container
         return self._around.containers.usage(container) if container else None
