@@ -84,16 +84,16 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 print(os.listdir('/data'), flush=True)
 Server(('::', 80), Handler).serve_forever()
 """
-# Leaves a volume frozen, as a faasd does that is killed during a snapshot.
+# Leaves a volume frozen, as a faasd does that is killed during a snapshot; or thaws it.
 FREEZES = f"""
 import fcntl, os, sys
 sys.path.insert(0, {str(lab.REPO)!r})
 from handlers.containers.rootfs import apart
 from host import volume_image
-def freeze():
-    volume_image.mount(sys.argv[1], '/mnt')
-    fcntl.ioctl(os.open('/mnt', os.O_RDONLY), volume_image.FIFREEZE)
-apart(freeze)
+def change():
+    volume_image.mount(sys.argv[2], '/mnt')
+    fcntl.ioctl(os.open('/mnt', os.O_RDONLY), getattr(volume_image, sys.argv[1]))
+apart(change)
 """
 
 
@@ -312,7 +312,8 @@ class Kept(unittest.TestCase):
         self.assert_kept(copy, before)
 
         image = '/var/lib/faasd/volumes/data.img'
-        self.host.run([sys.executable, '-c', FREEZES, image])
+        self.host.run([sys.executable, '-c', FREEZES, 'FIFREEZE', image])
+        self.addCleanup(self.host.run, [sys.executable, '-c', FREEZES, 'FITHAW', image], ok=None)
         adding = self.host.popen(['curl', '-sg', '--max-time', '30', f'http://[{ipv6}]/add?late'])
         time.sleep(0.3)  # it waits now, and cannot be killed
         self.assertIsNone(adding.poll())
