@@ -41,6 +41,7 @@ from control.server import Limits as ServerLimits
 from control.settings import read_settings
 from control.storage import Storage
 from control.supervisor import Supervisor
+from control.volumes import Volumes
 from handlers.containers.containers import Containers
 from handlers.containers.limits import Limits
 from handlers.containers.logs import LogCopier
@@ -213,7 +214,9 @@ class Daemon:
         self.egress = Egress(
             settings['nft_table'], settings['egress_ipv4'], registry.GATEWAY, registry.ZONE_SERVER, self._emit
         )
-        self._storage.add([self.secrets.folder])
+        self.volumes = Volumes(f'{STATE}/volumes', RUN, self._emit)
+        self.volumes.thaw()  # before the instances of a killed faasd are: a write that waits cannot be
+        self._storage.add([self.secrets.folder, self.volumes.folder])
         self.containers = Containers(
             f'faas-{self.registry.instance}',
             Limits(settings['memory'], settings['pids'], settings['cpus']),
@@ -224,8 +227,10 @@ class Daemon:
             layers_base,
             Limits(settings['memory_max'], settings['pids_max'], settings['cpus_max']),
             Private(f'{RUN}/private', self.secrets, settings['mounts']),
+            self.volumes,
             self.egress,
         )
+        self.volumes.holders = self.containers.volume_holders
         self._undo.callback(self.containers.close)
         live = {function.name: function.revision for function in self.registry.functions()}
         return self.containers.prepare(lambda record: live.get(record['function']) == record['revision'])
@@ -292,9 +297,11 @@ class Daemon:
             self.addresses,
             self.containers,
             self.secrets,
+            self.volumes,
             settings['max_upload'],
             self._emit,
         )
+        self.volumes.wanted = self.deployments.wanted
         self._undo.callback(lambda: self.functions.close(self._handover))
         self.addresses.sync()
         self.functions.open_all(left)
@@ -310,7 +317,7 @@ class Daemon:
 
     def _start_api(self) -> None:
         health = Health(self._problems, self._events, self.functions.list, self.guard.kind)
-        verbs = Verbs(self.functions, self.deployments, self.peers, health, self.refusals)
+        verbs = Verbs(self.functions, self.deployments, self.volumes, self.peers, health, self.refusals)
         self._undo.callback(self.refusals.tell)
         sock = unix_socket(f'{RUN}/faasd.sock')
         self._undo.callback(files.remove_file, f'{RUN}/faasd.sock')

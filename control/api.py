@@ -19,6 +19,7 @@ from typing import Any
 from control.access import Caller, may
 from control.body import Body, RequestError, json_object
 from control.deployments import Change
+from control.volume_verbs import VolumeVerbs
 from handlers.serving.instance import StartFailed
 from host.errors import FaasError
 from registry import BadInvite
@@ -32,7 +33,7 @@ VERB_HINTS = {
 }
 
 
-class ControlAPI(http.server.BaseHTTPRequestHandler):
+class ControlAPI(VolumeVerbs, http.server.BaseHTTPRequestHandler):
     """One connection. The server says who asks, and which verbs there are."""
 
     protocol_version = 'HTTP/1.1'
@@ -52,6 +53,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         ('GET', '/api/secret'): 'secrets',
         ('POST', '/api/secret/*'): 'set_secret',
         ('DELETE', '/api/secret/*'): 'remove_secret',
+        **VolumeVerbs.VOLUME_ROUTES,
         ('POST', '/api/vpn/create'): 'vpn_create',
         ('POST', '/api/vpn/invite'): 'vpn_invite',
         ('GET', '/api/vpn/list'): 'vpn_list',

@@ -10,6 +10,7 @@ from control.functions import Ending, Functions
 from control.projection import Projection
 from control.revisions import Revisions
 from control.secrets import SecretInUse, Secrets, users
+from control.volumes import Volumes
 from handlers.containers.containers import Containers
 from handlers.containers.private import MountRefused
 from handlers.images import wants
@@ -61,12 +62,13 @@ class Deployments:
         addresses: Projection,
         containers: Containers,
         secrets: Secrets,
+        volumes: Volumes,
         max_upload: int,
         emit: Emit,
     ) -> None:
         self._functions, self._registry, self._revisions, self._addresses = functions, known, revisions, addresses
         self._bounds, self._private = containers.bounds, containers.private
-        self._secrets, self._max_upload, self._emit = secrets, max_upload, emit
+        self._secrets, self._volumes, self._max_upload, self._emit = secrets, volumes, max_upload, emit
 
     # Verbs
 
@@ -167,12 +169,7 @@ class Deployments:
         ]
 
     def _users(self, name: str) -> list[str]:
-        wanted = []
-        for function in self._registry.functions():
-            with contextlib.suppress(FaasError):  # one that cannot be read wants nothing until it is deployed again
-                spec = self._revisions.effective(self._described(function), function.config)
-                wanted.append((function.name, spec.settings))
-        return users(name, wanted)
+        return users(name, ((function, spec.settings) for function, spec in self.wanted()))
 
     def _same_code(
         self, name: str, change: 'Change', is_wanted: Callable[[], bool], may_mount: bool, verb: str, more: str
@@ -223,6 +220,7 @@ class Deployments:
                 hint = "on the server, with sudo; 'faas config' shows what the function asks for"
                 raise MountRefused('only root deploys what asks for folders of the server (mounts)', hint)
             self._private.check(revision.spec)
+            steps.callback(self._volumes.prepare(name, revision.spec))
             pool = self._functions.pool_for(function, steps)
             instance = self._up(pool, revision, is_wanted)
             steps.callback(pool.discard, instance)
@@ -306,6 +304,15 @@ class Deployments:
             'limits': self._bounds.of(spec)._asdict(),
             'instances': self._functions.instances(function),
         }
+
+    def wanted(self) -> list[tuple[str, Spec]]:
+        """[(name, Spec)] of the live functions. One that cannot be read wants nothing until it is deployed again."""
+        found = []
+        for function in self._registry.functions():
+            with contextlib.suppress(FaasError):
+                spec = self._revisions.effective(self._described(function), function.config)
+                found.append((function.name, spec))
+        return found
 
     def _described(self, function: registry.Function) -> Spec:
         try:
