@@ -114,7 +114,7 @@ def mount(where: str, layers: list[str], ids: int, size: int, owner: int) -> str
     layers = list(dict.fromkeys(reversed(layers)))
     for number, layer in enumerate(layers):
         os.mkdir(f'layers/{number}')
-        _map(layer, f'layers/{number}', ids)
+        mount_mapped(layer, f'layers/{number}', ids)
     os.chmod('upper', stat.S_IMODE(os.stat('layers/0').st_mode))
     os.chown('upper', owner, owner)
     os.symlink('run/faas/control.sock', 'upper/control.sock')
@@ -127,18 +127,19 @@ def mount(where: str, layers: list[str], ids: int, size: int, owner: int) -> str
     return os.path.join(where, 'root')
 
 
-def _map(layer, where, ids):
-    """Mount the folder `layer` at `where`, read-only, with the owners mapped by the user namespace `ids`."""
+def mount_mapped(folder: str, where: str, ids: int, writable: bool = False) -> None:
+    """Mount `folder` at `where`, with its owners mapped by the user namespace `ids`. Raises ImageUnusable."""
     tree = _checked(
-        libc.syscall(OPEN_TREE, AT_FDCWD, os.fsencode(layer), OPEN_TREE_CLONE | os.O_CLOEXEC), 'open_tree'
+        libc.syscall(OPEN_TREE, AT_FDCWD, os.fsencode(folder), OPEN_TREE_CLONE | os.O_CLOEXEC), 'open_tree'
     )
     try:
         # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
-        attributes = struct.pack('QQQQ', MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV | MOUNT_ATTR_IDMAP, 0, MS_PRIVATE, ids)
+        attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV if writable else MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV
+        attributes = struct.pack('QQQQ', attributes | MOUNT_ATTR_IDMAP, 0, MS_PRIVATE, ids)
         if libc.syscall(MOUNT_SETATTR, tree, b'', AT_EMPTY_PATH, attributes, len(attributes)):
             why = os.strerror(ctypes.get_errno())
             raise ImageUnusable(
-                f'the file system of {os.path.dirname(layer)} cannot map ids (ext4, xfs and btrfs can): {why}'
+                f'the file system of {os.path.dirname(folder)} cannot map ids (ext4, xfs and btrfs can): {why}'
             )
         _checked(
             libc.syscall(MOVE_MOUNT, tree, b'', AT_FDCWD, where.encode(), MOVE_MOUNT_F_EMPTY_PATH), 'move_mount'
