@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import tarfile
 import tempfile
+import threading
 import unittest
 import zipfile
 
@@ -45,16 +47,25 @@ require('node:http').createServer((request, response) => response.end(greet())).
 """
 GO = """package main
 
-import (
-	"fmt"
-	"net/http"
-)
+import "syscall"
 
 func main() {
-	http.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "hello from go") })
-	http.ListenAndServe(":80", nil)
+	for {
+		control, _ := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
+		if syscall.Connect(control, &syscall.SockaddrUnix{Name: "/control.sock"}) != nil {
+			return
+		}
+		data, rights := make([]byte, 16), make([]byte, 64)
+		_, count, _, _, _ := syscall.Recvmsg(control, data, rights, 0)
+		messages, _ := syscall.ParseSocketControlMessage(rights[:count])
+		fds, _ := syscall.ParseUnixRights(&messages[0])
+		syscall.Read(fds[0], make([]byte, 4096))
+		syscall.Write(fds[0], []byte("HTTP/1.0 200 OK\\r\\n\\r\\nhello from go"))
+		syscall.Close(fds[0])
+		syscall.Close(control)
+	}
 }
-"""
+"""  # of the least packages: each is compiled
 REACHES = """
 import socket, sys
 for place, port in [%s]:
@@ -201,7 +212,7 @@ class Built(unittest.TestCase):
         for address in ('203.0.113.5/32', '169.254.169.254/32'):
             cls.net.sh(f'ip address add {address} dev lo')
         cls.make_index(cls.net.path('/tmp/index'))
-        cls.net.popen(['python3', '-m', 'http.server', '--directory', '/tmp/index', '--bind', '::', '80'])
+        cls.net.popen(['python3', '-m', 'http.server', '--directory', '/tmp/index', '--bind', '::', '80'], stderr=subprocess.DEVNULL)
         cls.server = cls.enterClassContext(serving.standalone(cls.host, FAAS_BUILD_DISK='256M'))
 
     @classmethod
@@ -290,7 +301,7 @@ class Built(unittest.TestCase):
         places += [('198.18.0.1', 8080), ('127.0.0.1', 8080), ('192.168.1.1', 22)]
         code = REACHES % ', '.join(map(str, places))
         files = {'handler.py': ASKS, 'greets.py': GREETS, 'reaches.py': code}
-        lines = ['python3 reaches.py', 'ls -A / /run /cache', 'touch /usr/x || echo read-only', 'id']
+        lines = ['python3 reaches.py', 'ls -A / /run', 'touch /usr/x || echo read-only', 'id']
         toml = f'build = {json.dumps("; ".join(lines))}\n'
         said = self.faas_new('reaches', files | {'faas.toml': toml})
         self.assertEqual(['reached 203.0.113.5 80'], [x for x in said.stderr.splitlines() if x.startswith('reached')])
@@ -342,6 +353,39 @@ class Built(unittest.TestCase):
         self.assertEqual(422, self.server.deploy('lacks', files).status)  # without being asked before
         self.faas_new('lacks', {'handler.py': ASKS, 'greets.py': GREETS, **files, 'faas.toml': 'build = "none"\n'})
         self.assertEqual('hello from a package', self.ask('lacks'))
+
+
+@lab.needs_root
+class Lives(unittest.TestCase):
+    def test_a_killed_faasd_leaves_nothing_and_a_build_has_a_time_limit(self):
+        with lab.Host('server') as host, serving.standalone(host, FAAS_BUILD_EGRESS='') as server:
+            files = {'handler.py': ASKS, 'greets.py': GREETS}
+            self.assertEqual(200, server.deploy('slow', files).status)
+            slow = {**files, 'faas.toml': 'build = "echo begun; sleep 600"\n'}
+            client = threading.Thread(target=deploy, args=(server, slow))
+            client.start()
+            builds = host.path('/var/lib/faasd/builds/slow')
+            lab.wait_until(lambda: (builds / 'disk.busy').exists() and pids(host), 20, 'the build')
+            server.stop(signal.SIGKILL)
+            client.join(20)
+            server.lines.clear()
+            server.settings['FAAS_BUILD_TIMEOUT'] = '2'
+            server.start()
+            lab.wait_until(lambda: not pids(host), 10, 'the end of the container')
+            self.assertEqual([], list(builds.iterdir()))
+            reply = server.deploy('slow', slow)
+            self.assertEqual('the build had no end after 2 s', reply.json['error'])
+            self.assertEqual('raise FAAS_BUILD_TIMEOUT on the server', reply.json['hint'])
+            self.assertEqual([], pids(host))
+
+
+def deploy(server, files):
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        server.deploy('slow', files)
+
+
+def pids(host):
+    return host.run(['pgrep', '-x', 'sleep'], ok=(0, 1)).stdout.split()
 
 
 if __name__ == '__main__':
