@@ -212,7 +212,8 @@ class Built(unittest.TestCase):
         for address in ('203.0.113.5/32', '169.254.169.254/32'):
             cls.net.sh(f'ip address add {address} dev lo')
         cls.make_index(cls.net.path('/tmp/index'))
-        cls.net.popen(['python3', '-m', 'http.server', '--directory', '/tmp/index', '--bind', '::', '80'], stderr=subprocess.DEVNULL)
+        serve = ['python3', '-m', 'http.server', '--directory', '/tmp/index', '--bind', '::', '80']
+        cls.net.popen(serve, stderr=subprocess.DEVNULL)
         cls.server = cls.enterClassContext(serving.standalone(cls.host, FAAS_BUILD_DISK='256M'))
 
     @classmethod
