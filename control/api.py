@@ -27,6 +27,7 @@ from registry import BadInvite
 
 UPLOAD_PAUSE_S = 300  # how long an upload may stand still: the program that makes the archive may be slow
 ACKNOWLEDGED_S = 2  # how long an answer may take to arrive before what it announces is done
+LINES = 'application/x-ndjson'  # what a client asks for that shows the output of a build
 FROM_MAX = 200  # characters of what a deploy was made from
 VERB_HINTS = {
     'stranger': "on the server use its socket: 'sudo faas …'",
@@ -203,7 +204,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
             change=change_of(self._query.get('config', '{}').encode()),
             is_wanted=self._client_is_there,
             stop_reading=self._stop_reading,
-            tell=self._tell if self._query.get('output') == 'lines' else lambda data: None,
+            tell=self._tell if self.headers.get('Accept') == LINES else lambda data: None,
             needs=self._query.get('needs', '').split(','),
             by=str(caller),
         )
@@ -216,7 +217,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
             if self.request_version == 'HTTP/1.0':  # it knows no chunks
                 return
             self.send_response(200)
-            self.send_header('Content-Type', 'application/x-ndjson')
+            self.send_header('Content-Type', LINES)
             self.send_header('Transfer-Encoding', 'chunked')
             self.send_header('Connection', 'close')
             self.end_headers()
