@@ -10,14 +10,15 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from handlers.containers import bundle, protocol, rootfs
 from handlers.containers.bundle import ID_RANGE
-from handlers.containers.limits import Bounds, Limits, usage
+from handlers.containers.limits import Bounds, Limits, hits, usage
 from handlers.images.spec import Spec
 from host import process, sock_diag
 from host.egress import Egress
@@ -25,6 +26,7 @@ from host.errors import EXPECTED, FaasError
 
 ID_SLOTS = 4096
 MEMORY_V1 = '/sys/fs/cgroup/memory'
+OUT_OF_MEMORY = 'ran out of memory'  # how the reason of such an end begins
 NOTIFIER = 'notify.sock'  # where the OCI runtime brings the descriptor that asks for each listen()
 LEFTOVERS_END_S = 10  # how long killed containers of a former run may take to end
 
@@ -84,7 +86,7 @@ class Containers:
         if not kept:  # else it may be in use: then it is only updated
             shutil.rmtree(self._rootfs, ignore_errors=True)
         os.makedirs(self._instances, mode=0o700, exist_ok=True)
-        os.makedirs(self._image, exist_ok=True)
+        os.makedirs(os.path.join(self._image, 'root'), exist_ok=True)  # `runc exec` goes there, and sees nothing of it
         rootfs.lay_out(self._rootfs)
         return kept
 
@@ -264,13 +266,18 @@ class Containers:
         user = config['process']['user']
         os.fchown(fds[1], base + user['uid'], base + user['gid'])
         self._add_secrets(config, spec, bundle_dir, base)
+        hosts = os.path.join(bundle_dir, 'hosts')
+        with open(hosts, 'w') as file:
+            file.write(rootfs.hosts_of(name))
+        os.chmod(hosts, 0o644)
+        config['mounts'].append(bundle.host('/etc/hosts', hosts))
         if texts := spec.settings.get('egress'):
-            link = self._egress.attach(ident, name, texts, users, bundle_dir)
+            link = self._egress.attach(ident, name, texts, users, hosts)
             resolv = os.path.join(bundle_dir, 'resolv.conf')
             with open(resolv, 'w') as file:
                 file.write(self._egress.resolv_conf(link))
             os.chmod(resolv, 0o644)
-            bundle.add_egress(config, link.namespace, link.hosts, resolv)
+            bundle.add_egress(config, link.namespace, resolv)
         if more:
             more(config, users)
         self._write(bundle_dir, 'config.json', config)
@@ -280,7 +287,8 @@ class Containers:
         run = ['run', '--detach', '--no-new-keyring', '--bundle', bundle_dir, '--pid-file', pid_file]
         run += ['--preserve-fds', '1'] if protocol.CHANNEL_FD in fds else []
         code = process.run_with_fds([*bundle.limited(), *self._runtime, '--log', errors, *run, ident], fds)
-        os.unlink(os.path.join(bundle_dir, 'config.json'))  # the runtime has read it, and it may hold secrets
+        if any(isinstance(value, dict) for value in spec.settings.get('env', {}).values()):
+            os.unlink(os.path.join(bundle_dir, 'config.json'))  # the runtime has read it, and it holds secrets
         if code:
             said = runtime_said(errors) or f'{self._runtime[0]} ended with exit code {code}'
             raise ContainerError(*program_missing(said, spec) or (said,))
@@ -302,6 +310,27 @@ class Containers:
         os.chmod(folder, 0o755)  # inside; the folder of the bundle is root's alone
         config['mounts'].append(bundle.host('/run/secrets', folder))
 
+    def execute(self, container: 'Container', args: Sequence[str], timeout_s: float) -> str | None:
+        """Run a program in the container to its end. None if it ends with 0, else what it did. It waits for it."""
+        pid_file = os.path.join(self._instances, container.ident, f'exec-{secrets.token_hex(4)}')
+        null = subprocess.DEVNULL
+        run = [*self._runtime, 'exec', '--pid-file', pid_file, container.ident, *args]
+        try:
+            with process.popen(run, stdin=null, stdout=null, stderr=null) as child:
+                try:
+                    code = child.wait(timeout_s)
+                    return None if code == 0 else f'exit code {code}'
+                except subprocess.TimeoutExpired:
+                    with contextlib.suppress(OSError, ValueError), open(pid_file) as file:
+                        os.kill(int(file.read()), signal.SIGKILL)  # the runtime alone would leave it there
+                    child.kill()
+                    return f'no end within {timeout_s:g} s'
+        except (process.CommandError, OSError) as error:
+            return str(error)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(pid_file)
+
     def _mapping(self, inner, base, size):
         """The user namespace that maps `size` ids from `inner` to those from `base`. It is made once and kept.
 
@@ -317,7 +346,7 @@ class Containers:
         code = container.reap()
         signals = {128 + number: number.name for number in signal.Signals}
         reason = f'ended by {signals[code]}' if code in signals else f'ended with exit code {code}'
-        if code in (137, 143) and self._out_of_memory(container.ident):
+        if code in (137, 143) and self.hits(container.ident)['memory']:
             reason = f'ran out of memory (the limit is {container.memory >> 20} MiB)'
         if self._egress:
             self._egress.detach(container.ident)
@@ -378,13 +407,9 @@ class Containers:
         address = self._egress and self._egress.address_of(container.ident)
         return used | ({'egress': address} if address else {})
 
-    def _out_of_memory(self, ident):
-        for where in self._cgroups():
-            for name in ('memory.oom_control', 'memory.events'):
-                with contextlib.suppress(OSError), open(os.path.join(where, ident, name)) as file:
-                    if any(line.startswith('oom_kill ') and line.split()[1] != '0' for line in file):
-                        return True
-        return False
+    def hits(self, ident: str) -> dict[str, int]:
+        """How often the container came up against a limit: see limits.hits()."""
+        return hits(os.path.join(where, ident) for where in self._cgroups())
 
 
 def bound_sockets(folder: str, memory: int) -> None:

@@ -32,7 +32,6 @@ import protocol
 del sys.path[0], sys.modules['protocol'], sys.modules['pace']  # the function may have modules of these names
 
 FUNCTION = '/function'
-PACKAGES = f'{FUNCTION}/.faas/python'  # what pip has installed: see builders.PYTHON
 CONTROL = '/control.sock'
 # Python runs one thread at a time, so threads that compute slow each other down. There are few threads. More are
 # started only when all have been busy for a while, and they end when they have nothing to do.
@@ -543,9 +542,8 @@ def main() -> int:
     become_child_of_init()
     channel.send(protocol.HELLO + bytes((protocol.VERSION,)))
     path = os.path.join(FUNCTION, 'handler.py')
-    sys.path.insert(0, FUNCTION)
-    if os.path.isdir(PACKAGES):
-        sys.path.append(PACKAGES)
+    more = os.environ.get('PYTHONPATH', '').split(':')  # which -I keeps from Python
+    sys.path[:0] = [FUNCTION, *filter(os.path.isabs, more)]
     sys.argv = [path]
     runtime = Runtime(channel)
     signal.signal(signal.SIGTERM, lambda *_: channel.shutdown(socket.SHUT_RD))  # the next receive is the end

@@ -17,7 +17,7 @@ from host import process
 from host.errors import FaasError
 
 PATH = '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/go/bin:/usr/lib/go/bin'
-PYTHON = '.faas/python'  # where packages are in a folder; runtime.py has it, too
+PYTHON = '.faas/python'  # where packages are in a folder
 NOTHING = 'none'  # the value of `build` for a folder that brings all it needs
 MOST_FILE = 8 << 20  # bytes of a file that is read here, such as a package-lock.json
 MOST_PLAIN = 1 << 20  # bytes of one that is parsed
