@@ -24,6 +24,7 @@ import registry
 import vpn_manager
 from control.access import Caller
 from control.api import ControlAPI
+from control.builds import Builds
 from control.deployments import Deployments
 from control.enroll import EnrollPort, bound
 from control.events import Events, Refusals, attempt
@@ -42,6 +43,7 @@ from control.settings import read_settings
 from control.storage import Storage
 from control.supervisor import Supervisor
 from control.volumes import Volumes
+from handlers.containers.building import BuildLimits, Workshop
 from handlers.containers.containers import Containers
 from handlers.containers.limits import Limits
 from handlers.containers.logs import LogCopier
@@ -290,6 +292,7 @@ class Daemon:
             self.zone,
             self._emit,
         )
+        self.builds = self._make_builds()
         self.deployments = Deployments(
             self.functions,
             self.registry,
@@ -298,6 +301,7 @@ class Daemon:
             self.containers,
             self.secrets,
             self.volumes,
+            self.builds,
             settings['max_upload'],
             self._emit,
         )
@@ -305,6 +309,13 @@ class Daemon:
         self._undo.callback(lambda: self.functions.close(self._handover))
         self.addresses.sync()
         self.functions.open_all(left)
+
+    def _make_builds(self) -> Builds:
+        settings = self._settings
+        limits = BuildLimits(*(settings[f'build_{name}'] for name in ('memory', 'cpus', 'timeout', 'disk', 'egress')))
+        builds = Builds(f'{STATE}/builds', Workshop(self.containers, RUN, limits), self._emit)
+        builds.begin({function.name for function in self.registry.functions()})
+        return builds
 
     def _start_dns(self) -> None:
         self.zone.sync()

@@ -185,12 +185,13 @@ class Containers:
         output: int,
         channel: int | None = None,
         cookie: int | None = None,
+        more: Callable[[dict, int], None] | None = None,
     ) -> 'Container':
         """A running Container for a revision of function `name`. `tree` is the folder of its files, or of all layers.
 
         Borrows `output`, the writing end of the log, and `channel`, the end of the runtime. A program that does not run
-        under runtime.py has no channel: `cookie` is that of the listener it will get. Raises ContainerError; nothing is
-        left then.
+        under runtime.py has no channel: `cookie` is that of the listener it will get. more(configuration, user
+        namespace) may change what the runtime gets. Raises ContainerError; nothing is left then.
         """
         ident = f'{self.prefix}-{secrets.token_hex(4)}'
         with self._lock:
@@ -226,9 +227,9 @@ class Containers:
                 if channel is None:
                     os.mkdir(os.path.join(bundle_dir, 'control'))
                     control = undo.enter_context(listening(os.path.join(bundle_dir, 'control', 'control.sock'), 0o666))
-                run = [ident, name, spec, tree, bundle_dir, base, {1: output, 2: output}]
+                run = [ident, name, spec, tree, bundle_dir, base, {1: output, 2: output}, more]
                 if channel is not None:
-                    run[-1][protocol.CHANNEL_FD] = channel
+                    run[-2][protocol.CHANNEL_FD] = channel
                 if spec.layers or wanted or self.private.is_wanted(spec):
                     rootfs.apart(lambda: self._run(*run))
                 else:
@@ -249,7 +250,7 @@ class Containers:
                 raise ContainerError(str(error), getattr(error, 'hint', None)) from error
             raise
 
-    def _run(self, ident, name, spec, tree, bundle_dir, base, fds):
+    def _run(self, ident, name, spec, tree, bundle_dir, base, fds, more):
         """Let the OCI runtime start the container with the descriptors `fds`."""
         make, limits = self._configurations, self.bounds.of(spec)
         users = self._mapping(0, base, ID_RANGE if spec.layers else 1)
@@ -284,6 +285,8 @@ class Containers:
                 file.write(self._egress.resolv_conf(link))
             os.chmod(resolv, 0o644)
             bundle.add_egress(config, link.namespace, resolv)
+        if more:
+            more(config, users)
         self._write(config_dir, 'config.json', config)
         bound_sockets(f'{MEMORY_V1}{self._cgroup}/{ident}', limits.memory)
         pid_file, errors = os.path.join(bundle_dir, 'pid'), os.path.join(bundle_dir, 'runtime.log')
