@@ -213,7 +213,7 @@ class Built(unittest.TestCase):
             cls.net.sh(f'ip address add {address} dev lo')
         cls.make_index(cls.net.path('/tmp/index'))
         serve = ['python3', '-m', 'http.server', '--directory', '/tmp/index', '--bind', '::', '80']
-        cls.net.popen(serve, stderr=subprocess.DEVNULL)
+        cls.net.popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         cls.server = cls.enterClassContext(serving.standalone(cls.host, FAAS_BUILD_DISK='256M'))
 
     @classmethod
