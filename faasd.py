@@ -30,6 +30,7 @@ from control.events import Events, Refusals, attempt
 from control.functions import Functions
 from control.health import Health, Problems
 from control.monitor import CLOSELY_S, Check, Monitor
+from control.mounts import Mounts
 from control.peers import Peers
 from control.projection import Projection
 from control.repairs import Repairs
@@ -43,6 +44,7 @@ from control.supervisor import Supervisor
 from handlers.containers.containers import Containers
 from handlers.containers.limits import Limits
 from handlers.containers.logs import LogCopier
+from handlers.containers.private import Private
 from handlers.images.layers import Layers
 from handlers.serving.apart import Apart
 from handlers.serving.injection import Injector
@@ -221,7 +223,7 @@ class Daemon:
             settings['runtime'],
             layers_base,
             Limits(settings['memory_max'], settings['pids_max'], settings['cpus_max']),
-            self.secrets,
+            Private(f'{RUN}/private', self.secrets, settings['mounts']),
             self.egress,
         )
         self._undo.callback(self.containers.close)
@@ -288,7 +290,7 @@ class Daemon:
             self.registry,
             self.revisions,
             self.addresses,
-            self.containers.bounds,
+            self.containers,
             self.secrets,
             settings['max_upload'],
             self._emit,
@@ -308,7 +310,7 @@ class Daemon:
 
     def _start_api(self) -> None:
         health = Health(self._problems, self._events, self.functions.list, self.guard.kind)
-        verbs = Verbs(self.functions, self.deployments, self.secrets, self.peers, health, self.refusals)
+        verbs = Verbs(self.functions, self.deployments, self.peers, health, self.refusals)
         self._undo.callback(self.refusals.tell)
         sock = unix_socket(f'{RUN}/faasd.sock')
         self._undo.callback(files.remove_file, f'{RUN}/faasd.sock')
@@ -367,11 +369,13 @@ class Daemon:
             Check('injector', self.injector.check),
             Check('apart', self.apart.check),
             Check('connections', self.functions.count_connections),
+            Check('limits', self.functions.look_at_limits, CLOSELY_S),
             Check(interface, repairs.missing_interface),
             Check(interface, repairs.interface, CLOSELY_S, links),
             Check('registry', self._storage.look_after_registry, CLOSELY_S),
             Check('disk', self._storage.look_at_disks, DISK_LOOK_S),
             Check('copy', self.registry.copy_daily, COPY_LOOK_S),
+            Check('mounts', Mounts(self.functions, self.deployments, self._emit).look, CLOSELY_S),
             Check('listener', self.functions.open_others, CLOSELY_S),
             Check('dns', self.supervisor.look_after_coredns),
             Check('enroll', self.enroll.adjust),

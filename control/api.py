@@ -193,6 +193,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
             change=change_of(self._query.get('config', '{}').encode()),
             is_wanted=self._client_is_there,
             stop_reading=self._stop_reading,
+            may_mount=may(caller, 'mount'),
             by=str(caller),
         )
         self._body.finished()
@@ -236,7 +237,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         change = change_of(self._body.whole())
         self._deadline.cancel()
         answer = self.server.verbs.deployments.configure(
-            name, change, is_wanted=self._client_is_there, by=str(caller)
+            name, change, is_wanted=self._client_is_there, may_mount=may(caller, 'mount'), by=str(caller)
         )
         self._json(answer)
 

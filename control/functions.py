@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import registry
 from control.events import Emit, attempt, date
+from control.limit_watch import LimitWatch
 from control.projection import Projection
 from control.revisions import Revisions
 from control.tcp_memory import TCPMemory
@@ -93,6 +94,7 @@ class Functions:
         self._dns, self._addresses, self._zone = dns, addresses, zone
         self._emit = emit
         self._tcp_memory = TCPMemory(around.containers.bounds, emit)
+        self.limit_watch = LimitWatch(around.containers.bounds, emit)
         self.changes = Changes()
         self._opening = threading.RLock()  # held while listeners are opened and taken away
         self._open_now: dict[int, tuple[registry.Function, Pool]] = {}
@@ -220,6 +222,10 @@ class Functions:
         self._around.loop.call(self._spread, counts, now)
         self._tcp_memory.look(found.memory, list(self._pools.values()))
 
+    def look_at_limits(self) -> bool:
+        """False: it tells nothing of the state of this server."""
+        return self.limit_watch.look([pool for _, pool in list(self._pools.values())])
+
     def _spread(self, counts: dict[str, dict[int, int]], now: float) -> None:
         for function, pool in list(self._pools.values()):
             count_by_uid = counts.get(str(ipaddress.ip_address(function.ipv6)), {})
@@ -272,6 +278,14 @@ class Functions:
             }
             for instance in (pool.instances if pool else ())
         ]
+
+    def changed_mounts(self) -> dict[str, set[tuple]]:
+        """{function: {(path, device, inode)}} of the folders of the host that its instance sees a former one of."""
+        found = {}
+        for function, pool in list(self._open_now.values()):
+            if folders := {each for instance in pool.instances for each in instance.changed_mounts()}:
+                found[function.name] = folders
+        return found
 
     def list(self) -> list[dict]:
         answer = []

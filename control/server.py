@@ -19,7 +19,6 @@ from control.events import Refusals
 from control.functions import Functions
 from control.health import Health
 from control.peers import Peers
-from control.secrets import Secrets
 from registry import PEERS
 
 BACKLOG = 128
@@ -31,7 +30,6 @@ class Verbs(NamedTuple):
 
     functions: Functions
     deployments: Deployments
-    secrets: Secrets
     peers: Peers
     health: Health
     refusals: Refusals

@@ -67,9 +67,11 @@ class Egress:
 
     # For containers
 
-    def attach(self, ident: str, function: str, texts: Iterable[str], users: int, folder: str) -> Link:
-        """A way out for the container `ident`, whose user namespace is `users` (a descriptor) and whose files are in
-        `folder`. Raises EgressError, OSError, CommandError; nothing is left then.
+    def attach(self, ident: str, function: str, texts: Iterable[str], users: int, hosts: str) -> Link:
+        """A way out for the container `ident`, whose user namespace is `users` (a descriptor).
+
+        The names that it may reach are added to the file `hosts`. Raises EgressError, OSError, CommandError; nothing is
+        left then.
         """
         targets = tuple(map(egress_rules.parse, texts))
         self._names.need({target.what for target in targets if target.kind == 'name'}, FIRST_LOOKUP_S)
@@ -77,7 +79,7 @@ class Egress:
             with self._lock:
                 if not self._loaded:
                     self.load()
-                link = self._link(function, self._free_number(), targets, os.path.join(folder, 'hosts'))
+                link = self._link(function, self._free_number(), targets, hosts)
                 undo.callback(self.detach, ident)
                 self._changes += 1
 
@@ -315,9 +317,9 @@ class Egress:
             self._nft('\n'.join(lines) + '\n')
 
     def _write_hosts(self, link):
-        """/etc/hosts inside: the same file each time, for it is mounted. At no time is it empty."""
-        lines = ['127.0.0.1 localhost', '::1 localhost']
-        lines += [f'{address} {link.function}' for address in ('127.0.0.1', '::1')]
+        """Add to /etc/hosts inside: the same file each time, for it is mounted. At no time is it empty."""
+        with open(link.hosts) as file:
+            lines = [line for line in file.read().splitlines() if line.partition(' ')[0] in ('127.0.0.1', '::1')]
         if any(target.kind == 'host' for target in link.targets):
             lines.append(f'{self.place.host4} host.faas')
         for target in link.targets:

@@ -6,6 +6,7 @@ that the OCI runtime inherits. The host does not see it, and it is gone when the
 
 import contextlib
 import ctypes
+import glob
 import os
 import re
 import shutil
@@ -21,11 +22,18 @@ from host.errors import FaasError
 OPEN_TREE, MOVE_MOUNT, OPENAT2, MOUNT_SETATTR = 428, 429, 437, 442
 AT_FDCWD, AT_EMPTY_PATH = -100, 0x1000
 OPEN_TREE_CLONE, MOVE_MOUNT_F_EMPTY_PATH = 1, 4
-MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_IDMAP = 1, 2, 4, 0x100000
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_IDMAP = 1, 2, 4, 8, 0x100000
 MS_REC, MS_PRIVATE, MS_NOSUID, MS_NODEV = 0x4000, 1 << 18, 2, 4
 CLONE_NEWNS = 0x20000
-RESOLVE_IN_ROOT = 0x10
+RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 4, 0x10
 
+# What a folder sees of the host's /etc: what Debian's packages keep there to find themselves, and settings that
+# interpreters need. Nothing of it may hold a secret: people write passwords into /etc/mysql or /etc/php/*/fpm.
+SETTINGS = (
+    *('/etc/alternatives', '/etc/ld.so.cache', '/etc/localtime', '/etc/timezone', '/etc/mime.types', '/etc/magic'),
+    *('/etc/ssl/certs', '/etc/ssl/openssl.cnf', '/etc/fonts', '/etc/protocols', '/etc/services', '/etc/java-*-openjdk'),
+    *('/etc/php/*/cli', '/etc/php/*/mods-available', '/etc/perl', '/etc/python3*', '/etc/ImageMagick-*'),
+)
 MOST_INODES = 65536  # of the writable layer
 MOST_ACCOUNTS = 1 << 20  # bytes of an image's /etc/passwd or /etc/group
 
@@ -71,7 +79,7 @@ def lay_out(root: str) -> None:
     for folder in ('dev', 'etc', 'function', 'opt/faas', 'proc', 'run', 'sys', 'tmp', 'usr', 'var'):
         os.makedirs(os.path.join(root, folder), exist_ok=True)
     os.chmod(os.path.join(root, 'tmp'), 0o755)  # a former faasd made it 1777
-    links = {'control.sock': 'run/faas/control.sock', 'var/tmp': '/tmp'}
+    links = {'control.sock': 'run/faas/control.sock', 'var/run': '/run', 'var/tmp': '/tmp'}
     for name in ('bin', 'sbin', 'lib', 'lib32', 'lib64', 'libx32'):
         if os.path.islink(f'/{name}'):
             links[name] = os.readlink(f'/{name}')
@@ -87,6 +95,14 @@ def lay_out(root: str) -> None:
     ):
         with open(os.path.join(root, 'etc', name), 'w') as file:
             file.write(text)
+    for path in glob_settings():
+        where = root + path
+        if os.path.isdir(path):
+            os.makedirs(where, exist_ok=True)
+        else:
+            os.makedirs(os.path.dirname(where), exist_ok=True)
+            with open(where, 'a'):
+                pass
     for module in ('runtime.py', 'protocol.py', 'pace.py'):
         shutil.copy(
             os.path.join(os.path.dirname(os.path.abspath(__file__)), module),
@@ -94,6 +110,22 @@ def lay_out(root: str) -> None:
         )
     compile_all = ['/usr/bin/python3', '-I', '-S', '-m', 'compileall', '-q', '--invalidation-mode=unchecked-hash']
     process.run([*compile_all, '-s', root, '-p', '/', os.path.join(root, 'opt/faas')])
+
+
+def glob_settings() -> list[str]:
+    """The files and folders of SETTINGS that this host has."""
+    found = sorted(path for pattern in SETTINGS for path in glob.glob(pattern))
+    return [path for path in found if os.path.isdir(path) or os.path.isfile(path)]
+
+
+def settings_shown(root: str) -> list[str]:
+    """Those that lay_out() has made a mount point for, and that are there still."""
+    return [path for path in glob_settings() if os.path.exists(root + path)]
+
+
+def hosts_of(name: str) -> str:
+    """The text of /etc/hosts of an instance."""
+    return f'127.0.0.1 localhost {name}\n::1 localhost {name}\n'
 
 
 def mount(where: str, layers: list[str], ids: int, size: int, owner: int) -> str:
@@ -104,8 +136,7 @@ def mount(where: str, layers: list[str], ids: int, size: int, owner: int) -> str
     the host's id of the instance's root.
     """
     os.chdir(where)
-    options = f'mode=755,size={size},nr_inodes={MOST_INODES}'
-    _checked(libc.mount(b'tmpfs', b'.', b'tmpfs', MS_NOSUID | MS_NODEV, options.encode()), 'mount')
+    mount_memory('.', size, MOST_INODES, 0o755)
     os.chdir(where)  # again: into the file system that is mounted there now
     for folder in ('layers', 'upper', 'work', 'root'):
         os.mkdir(folder)
@@ -129,35 +160,67 @@ def mount(where: str, layers: list[str], ids: int, size: int, owner: int) -> str
 
 def _map(layer, where, ids):
     """Mount the folder `layer` at `where`, read-only, with the owners mapped by the user namespace `ids`."""
-    tree = _checked(
-        libc.syscall(OPEN_TREE, AT_FDCWD, os.fsencode(layer), OPEN_TREE_CLONE | os.O_CLOEXEC), 'open_tree'
-    )
+    try:
+        attach(layer, where, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV, ids)
+    except CannotMap as error:
+        raise ImageUnusable(
+            f'the file system of {os.path.dirname(layer)} cannot map ids (ext4, xfs and btrfs can): {error}'
+        ) from error
+
+
+class CannotMap(Exception):
+    """The kernel refuses these attributes of a mount."""
+
+
+def attach(source: str | int, where: str, attributes: int, ids: int | None = None) -> None:
+    """Mount the folder `source`, a path or a descriptor (borrowed), at `where`, without what is mounted below it.
+
+    `attributes` are MOUNT_ATTR_…, and no other holds. `ids` (borrowed) is the user namespace that maps the owners.
+    To be called by apart(). Raises OSError; CannotMap.
+    """
+    fd, path = (source, b'') if isinstance(source, int) else (AT_FDCWD, os.fsencode(source))
+    flags = OPEN_TREE_CLONE | os.O_CLOEXEC | AT_EMPTY_PATH
+    tree = _checked(libc.syscall(OPEN_TREE, fd, path, flags), 'open_tree')
     try:
         # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
-        attributes = struct.pack('QQQQ', MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV | MOUNT_ATTR_IDMAP, 0, MS_PRIVATE, ids)
-        if libc.syscall(MOUNT_SETATTR, tree, b'', AT_EMPTY_PATH, attributes, len(attributes)):
-            why = os.strerror(ctypes.get_errno())
-            raise ImageUnusable(
-                f'the file system of {os.path.dirname(layer)} cannot map ids (ext4, xfs and btrfs can): {why}'
-            )
+        wanted = attributes | (0 if ids is None else MOUNT_ATTR_IDMAP)
+        packed = struct.pack('QQQQ', wanted, MOUNT_ATTR_RDONLY & ~attributes, MS_PRIVATE, ids or 0)
+        if libc.syscall(MOUNT_SETATTR, tree, b'', AT_EMPTY_PATH, packed, len(packed)):
+            raise CannotMap(os.strerror(ctypes.get_errno()))
         _checked(
-            libc.syscall(MOVE_MOUNT, tree, b'', AT_FDCWD, where.encode(), MOVE_MOUNT_F_EMPTY_PATH), 'move_mount'
+            libc.syscall(MOVE_MOUNT, tree, b'', AT_FDCWD, os.fsencode(where), MOVE_MOUNT_F_EMPTY_PATH), 'move_mount'
         )
     finally:
         os.close(tree)
+
+
+def mount_memory(where: str, size: int, inodes: int, mode: int) -> None:
+    """Mount a file system in memory, of `size` bytes. To be called by apart()."""
+    options = f'mode={mode:o},size={size},nr_inodes={inodes}'
+    _checked(libc.mount(b'tmpfs', os.fsencode(where), b'tmpfs', MS_NOSUID | MS_NODEV, options.encode()), 'mount')
+
+
+def mount_over(lower: str, upper: str, where: str) -> None:
+    """Mount at `where` what is in both folders, read-only; `upper` decides. To be called by apart()."""
+    options = f'lowerdir={upper}:{lower}'
+    _checked(libc.mount(b'overlay', os.fsencode(where), b'overlay', MS_NODEV, options.encode()), 'mount')
+
+
+def open_at(folder: int, path: str, flags: int, resolve: int) -> int:
+    """A descriptor (owned) of openat2(2). Raises OSError."""
+    how = struct.pack('QQQ', flags | os.O_CLOEXEC, 0, resolve)  # struct open_how of linux/openat2.h
+    return _checked(libc.syscall(OPENAT2, folder, path.encode(), how, len(how)), path)
 
 
 def read_within(root: str, path: str) -> list[str]:
     """The lines of the text file `path` in a tree of a stranger, [] without one. Links cannot lead out of the tree."""
     top = os.open(root, os.O_PATH | os.O_CLOEXEC)
     try:
-        # struct open_how of linux/openat2.h: flags, mode, resolve
-        how = struct.pack('QQQ', os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0, RESOLVE_IN_ROOT)
-        fd = libc.syscall(OPENAT2, top, path.encode(), how, len(how))
+        fd = open_at(top, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, RESOLVE_IN_ROOT)
+    except OSError:
+        return []
     finally:
         os.close(top)
-    if fd == -1:
-        return []
     with open(fd, 'rb') as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             return []
