@@ -369,6 +369,7 @@ class Daemon:
             Check('injector', self.injector.check),
             Check('apart', self.apart.check),
             Check('connections', self.functions.count_connections),
+            Check('limits', self.functions.look_at_limits, CLOSELY_S),
             Check(interface, repairs.missing_interface),
             Check(interface, repairs.interface, CLOSELY_S, links),
             Check('registry', self._storage.look_after_registry, CLOSELY_S),

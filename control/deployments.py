@@ -254,6 +254,9 @@ class Deployments:
         """Have the instance serve, which was `given` these secrets. Returns the answer."""
         pool.cut_over(instance)
         name = function.name
+        spec = instance.revision.spec
+        warnings = [*spec.warnings, *volatile(spec, name), self._functions.limit_watch.news_of(instance)]
+        warnings += [instance.warning, self._functions.publish(function)]
         text = f'{verb} {name} at {function.ipv6}, revision {number} ({instance.description}), {more}'
         self._emit('handler', text, name=name)
         if self._secrets.check(instance.revision.spec.settings) != given:  # it was not among the users then
@@ -263,7 +266,8 @@ class Deployments:
             'ipv6': function.ipv6,
             'dns': f'{name}.faas',
             'revision': number,
-            'warning': self._functions.publish(function) or instance.warning,
+            'serves': instance.description,
+            'warning': '; '.join(filter(None, warnings)) or None,
             'hint': instance.hint,
         }
 
@@ -308,6 +312,13 @@ class Deployments:
             return self._revisions.described(function)
         except (OSError, ValueError) as error:
             raise FaasError(f'{function.name}: {error}', 'deploy it again') from error
+
+
+def volatile(spec: Spec, name: str) -> list[str]:
+    """A warning for each VOLUME of the image that no volume of the function covers."""
+    kept = [volume['path'] for volume in spec.settings.get('volumes', {}).values()]
+    lost = [path for path in spec.volumes if not any(f'{path}/'.startswith(f'{each}/') for each in kept)]
+    return [f'{path} goes with the instance (--volume {name}:{path} keeps it)' for path in lost]
 
 
 class Change:

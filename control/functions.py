@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import registry
 from control.events import Emit, attempt, date
+from control.limit_watch import LimitWatch
 from control.projection import Projection
 from control.revisions import Revisions
 from control.tcp_memory import TCPMemory
@@ -93,6 +94,7 @@ class Functions:
         self._dns, self._addresses, self._zone = dns, addresses, zone
         self._emit = emit
         self._tcp_memory = TCPMemory(around.containers.bounds, emit)
+        self.limit_watch = LimitWatch(around.containers.bounds, emit)
         self.changes = Changes()
         self._opening = threading.RLock()  # held while listeners are opened and taken away
         self._open_now: dict[int, tuple[registry.Function, Pool]] = {}
@@ -219,6 +221,10 @@ class Functions:
             counts[socket.inet_ntop(socket.AF_INET6, address)][uid] = count
         self._around.loop.call(self._spread, counts, now)
         self._tcp_memory.look(found.memory, list(self._pools.values()))
+
+    def look_at_limits(self) -> bool:
+        """False: it tells nothing of the state of this server."""
+        return self.limit_watch.look([pool for _, pool in list(self._pools.values())])
 
     def _spread(self, counts: dict[str, dict[int, int]], now: float) -> None:
         for function, pool in list(self._pools.values()):

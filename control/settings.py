@@ -78,7 +78,7 @@ SETTINGS = {  # name: (default, parser); docs/API.md has the same table, a test 
     'FAAS_STOP_TIMEOUT': ('10', number(float, 0, 3600)),
     'FAAS_IDLE_TIMEOUT': ('900', number(float, 0, 1e9)),
     'FAAS_MEMORY': ('256M', number(to_bytes, 16 << 20, 1 << 50)),
-    'FAAS_PIDS': ('128', number(int, 8, 1 << 20)),
+    'FAAS_PIDS': ('1024', number(int, 8, 1 << 20)),
     'FAAS_CPUS': ('1', number(float, 0.01, 4096)),
     'FAAS_MEMORY_MAX': ('0', at_most(to_bytes, MACHINE_MEMORY)),
     'FAAS_PIDS_MAX': ('16384', number(int, 8, 1 << 20)),

@@ -6,20 +6,19 @@ import json
 import os
 import re
 import socket
-import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from host import egress_rules, process, rtnetlink
+from host import egress_rules, process, rtnetlink, sock_diag
+from host.egress_names import KEPT_S, Names
 from host.egress_rules import Place, Target
 from host.errors import FaasError
+from host.maker import Maker
 
 NETWORK6 = ipaddress.ip_network('fd00:faa5:0:200::/64')
 FIRST, LAST = 16, 0xFFF0  # numbers of instances; the host has number 1
 INSIDE = 'eth0'
-LOOKUP_S = 30  # how often the addresses of a name are looked up: the resolver of the host keeps them for their TTL
 FIRST_LOOKUP_S = 2  # how long the start of an instance waits for the addresses of its names
 IPV6_UPLINKS = '/proc/sys/net/ipv6/conf'
 
@@ -57,40 +56,46 @@ class Egress:
         """`network4` is where instances get their IPv4 addresses from; `gateway` and `zone_server` are CoreDNS."""
         self._network4, self._emit = ipaddress.ip_network(network4), emit
         self.place = Place(f'{table}_egress', gateway, zone_server, str(self._network4[1]), str(NETWORK6[1]))
-        self._lock = threading.RLock()
+        self._lock, self._maker = threading.RLock(), Maker()
         self._links: dict[str, Link] = {}  # by the id of the container
         self._next = FIRST
-        self._addresses: dict[str, dict[str, float]] = {}  # name → {address: when it was last seen}
-        self._looked = 0.0
+        self._names = Names()
+        self._warned: set[tuple[str, int]] = set()
         self._local: list = []
         self._forwarding = self._loaded = False
-        self._lookup: threading.Thread | None = None
+        self._changes = 0  # of the table, by us
 
     # For containers
 
-    def attach(self, ident: str, function: str, texts: Iterable[str], users: int, folder: str) -> Link:
-        """A way out for the container `ident`, whose user namespace is `users` (a descriptor) and whose files are in
-        `folder`. Raises EgressError, OSError, CommandError; nothing is left then.
+    def attach(self, ident: str, function: str, texts: Iterable[str], users: int, hosts: str) -> Link:
+        """A way out for the container `ident`, whose user namespace is `users` (a descriptor).
+
+        The names that it may reach are added to the file `hosts`. Raises EgressError, OSError, CommandError; nothing is
+        left then.
         """
         targets = tuple(map(egress_rules.parse, texts))
+        self._names.need({target.what for target in targets if target.kind == 'name'}, FIRST_LOOKUP_S)
         with contextlib.ExitStack() as undo:
-            namespace = network_namespace(users)
-            undo.callback(os.close, namespace)
             with self._lock:
-                number = self._free_number()
-                hosts = os.path.join(folder, 'hosts')
-                link = self._link(function, number, targets, hosts, namespace)
-                self._links[ident] = link
-            undo.callback(self._links.pop, ident, None)
-            names = {target.what for target in targets if target.kind == 'name'}
-            if names - self._addresses.keys():
-                self._look_up(names - self._addresses.keys(), FIRST_LOOKUP_S)
+                if not self._loaded:
+                    self.load()
+                link = self._link(function, self._free_number(), targets, hosts)
+                undo.callback(self.detach, ident)
+                self._changes += 1
+
+                def connect(namespace):
+                    self._links[ident] = link._replace(namespace=namespace)
+                    self._connect(self._links[ident])
+
+                if self._maker.make(users, self._rules(link), connect):
+                    self.load()  # the table was taken away; or the kernel cannot, which is told
+                else:
+                    self._fill(link)
+            link = self._links[ident]
             self._write_hosts(link)
-            self._connect(link)
-            undo.callback(self._disconnect, link)
-            self._load_link(link)
             undo.pop_all()
-            return link
+        self._warn(link)
+        return link
 
     def record(self, ident: str, texts: Iterable[str]) -> dict:
         """What adopt() takes, as JSON has it."""
@@ -107,8 +112,10 @@ class Egress:
         with self._lock:
             link = self._links.pop(ident, None)
             if link and self._loaded:
-                with contextlib.suppress(process.CommandError):  # the table was flushed: load() makes it without
-                    process.run(['nft', '-f', '-'], input=egress_rules.without(self.place, link.name, link.targets))
+                self._changes += 1
+                with contextlib.suppress(FaasError, OSError):
+                    # What is wrong: the table was taken away. load() makes it without.
+                    self._maker.change(egress_rules.without(self.place, link.name, link.targets))
         if link and link.namespace is not None:
             with contextlib.suppress(OSError):
                 os.close(link.namespace)
@@ -171,9 +178,20 @@ class Egress:
         if any(target.kind in ('internet', 'network', 'name') for target in link.targets):
             self._forward()
 
-    def _disconnect(self, link):
-        with contextlib.suppress(OSError), rtnetlink.Routing() as routing:
-            routing.remove_link(link.name)
+    def _warn(self, link):
+        """Say, once, which ports of this host are not at 127.0.0.1, where the function is led to."""
+        for port in {target.port for target in link.targets if target.kind == 'host'}:
+            with contextlib.suppress(OSError):
+                listening = sock_diag.listening_addresses(port)
+                if (
+                    listening
+                    and not {'127.0.0.1', '0.0.0.0', '::'}.intersection(listening)
+                    and (link.function, port) not in self._warned
+                ):
+                    self._warned.add((link.function, port))
+                    where = ' and '.join(listening)
+                    text = f'host:{port} is not reached: it listens at {where} alone, not at 127.0.0.1'
+                    self._emit('egress', text, name=link.function, problem=True)
 
     def _forward(self):
         """Have the host forward packets. Its own default route may come from router advertisements: keep that."""
@@ -197,6 +215,7 @@ class Egress:
     def load(self) -> None:
         """Put the whole table in place, with the rules of all instances. Raises EgressError."""
         with self._lock:
+            self._changes += 1
             self._local = local_networks()
             text = egress_rules.base(self.place, self._local)
             text += ''.join(map(self._rules, self._links.values()))
@@ -207,18 +226,6 @@ class Egress:
 
     def _rules(self, link):
         return egress_rules.chains(self.place, link.name, link.ipv4, link.ipv6, link.targets)
-
-    def _load_link(self, link):
-        with self._lock:
-            if not self._loaded:
-                self.load()
-                return
-            try:
-                self._nft(self._rules(link))
-            except EgressError:  # the table was taken away
-                self.load()
-                return
-            self._fill(link)
 
     def _nft(self, text):
         try:
@@ -233,14 +240,17 @@ class Egress:
     def heal(self) -> bool:
         """Load the table again when it is not as it should be. False when there is nothing to look at."""
         with self._lock:
-            if not self._loaded or not self._links:
-                return False
-            if self._is_whole() and set(local_networks()) == set(self._local):
+            links, changes = list(self._links.values()), self._changes
+        if not self._loaded or not links:
+            return False
+        whole = self._is_whole(links) and set(local_networks()) == set(self._local)  # no start waits for that
+        with self._lock:
+            if whole or changes != self._changes:  # of what we change the kernel tells, too: this comes again
                 return True
             self.load()
         raise EgressError('the nftables table of egress was changed by somebody: it is loaded again')
 
-    def _is_whole(self):
+    def _is_whole(self, links):
         try:
             said = process.run(['nft', '--json', 'list', 'table', 'inet', self.place.table]).stdout
             things = json.loads(said)['nftables']
@@ -250,9 +260,9 @@ class Egress:
         for thing in things:
             if rule := thing.get('rule'):
                 counts[rule['chain']] = counts.get(rule['chain'], 0) + 1
-        text = egress_rules.base(self.place, []) + ''.join(map(self._rules, self._links.values()))
+        text = egress_rules.base(self.place, []) + ''.join(map(self._rules, links))
         maps = {thing['map']['name']: len(thing['map'].get('elem', [])) for thing in things if 'map' in thing}
-        return counts == expected_counts(text) and set(maps.values()) == {len(self._links)}
+        return counts == expected_counts(text) and set(maps.values()) == {len(links)}
 
     def begin(self) -> None:
         """Load the table for what was adopted; without that, take away what a killed faasd has left."""
@@ -263,6 +273,7 @@ class Egress:
 
     def remove(self) -> None:
         """Take the table away; it may be gone already. Raises CommandError."""
+        self._maker.close()
         table = self.place.table
         process.run(['nft', '-f', '-'], input=f'table inet {table}\ndelete table inet {table}\n')
 
@@ -270,72 +281,54 @@ class Egress:
 
     def refresh(self) -> bool:
         """Look up the names again when it is time, in a thread of its own. False: this tells nothing."""
-        names = {target.what for link in list(self._links.values()) for target in link.targets if target.kind == 'name'}
-        if names and time.monotonic() - self._looked > LOOKUP_S and not (self._lookup and self._lookup.is_alive()):
-            self._looked = time.monotonic()
-            self._lookup = threading.Thread(target=self._refresh, args=(names,), name='egress names', daemon=True)
-            self._lookup.start()
+        links = list(self._links.values())
+        self._names.refresh({each.what for link in links for each in link.targets if each.kind == 'name'}, self._seen)
         return False
 
-    def _refresh(self, names):
-        self._look_up(names, LOOKUP_S)
+    def _seen(self):
         with self._lock:
             for link in self._links.values():
                 with contextlib.suppress(EgressError, OSError):
                     self._fill(link)
                     self._write_hosts(link)
 
-    def _look_up(self, names: Iterable[str], within_s: float) -> None:
-        """Ask the host's resolver for the names, side by side."""
-        threads = [threading.Thread(target=self._ask, args=(name,), daemon=True) for name in sorted(names)[:64]]
-        for thread in threads:
-            thread.start()
-        deadline = time.monotonic() + within_s
-        for thread in threads:
-            thread.join(max(0, deadline - time.monotonic()))
-
-    def _ask(self, name):
-        try:
-            found = {info[4][0].partition('%')[0] for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
-        except OSError:
-            return
-        now = time.monotonic()
-        kept = {address: seen for address, seen in self._addresses.get(name, {}).items() if now - seen < 600}
-        self._addresses[name] = kept | dict.fromkeys(found, now)
-
     def _reachable(self, link, target):
-        """The addresses of a name that may be reached: public ones, and those of networks that are named as well."""
+        """The addresses of a name that may be reached, with the seconds for which they may be, the latest first.
+
+        They are public ones, and those of networks that are named as well.
+        """
         named = [each.what for each in link.targets if each.kind == 'network' and each.port in (None, target.port)]
-        for text in sorted(self._addresses.get(target.what, ())):
-            address = ipaddress.ip_address(text)
+        for address, left_s in self._names.addresses(target.what):
             is_named, is_local = (any(address in network for network in networks) for networks in (named, self._local))
             if is_named or (egress_rules.is_public(address) and not is_local):
-                yield address
+                yield address, left_s
 
     def _fill(self, link):
         lines = []
         for target in link.targets:
-            for address in self._reachable(link, target) if target.kind == 'name' else ():
+            for address, left_s in self._reachable(link, target) if target.kind == 'name' else ():
                 kind = egress_rules.set_name(link.name, address.version, target.port)
                 where = f'element inet {self.place.table} {kind} {{ {address}'
-                lines += [f'add {where} timeout {egress_rules.KEPT} }}', f'delete {where} }}']
-                lines.append(f'add {where} timeout {egress_rules.KEPT} }}')  # a new time-out
+                lines += [f'add {where} timeout {KEPT_S}s }}', f'delete {where} }}']  # it may be there, or not
+                lines.append(f'add {where} timeout {left_s}s }}')
         if lines:
             self._nft('\n'.join(lines) + '\n')
 
     def _write_hosts(self, link):
-        """/etc/hosts inside: the same file each time, for it is mounted."""
-        lines = ['127.0.0.1 localhost', '::1 localhost']
-        lines += [f'{address} {link.function}' for address in ('127.0.0.1', '::1')]
+        """Add to /etc/hosts inside: the same file each time, for it is mounted. At no time is it empty."""
+        with open(link.hosts) as file:
+            lines = [line for line in file.read().splitlines() if line.partition(' ')[0] in ('127.0.0.1', '::1')]
         if any(target.kind == 'host' for target in link.targets):
             lines.append(f'{self.place.host4} host.faas')
         for target in link.targets:
             if target.kind == 'name':
-                lines += [f'{address} {target.what}' for address in self._reachable(link, target)]
-        text = '\n'.join(dict.fromkeys(lines)) + '\n'
-        with open(link.hosts, 'w') as file:
-            file.write(text)
-        os.chmod(link.hosts, 0o644)
+                lines += [f'{address} {target.what}' for address, _ in self._reachable(link, target)]
+        text = ('\n'.join(dict.fromkeys(lines)) + '\n').encode()
+        with open(os.open(link.hosts, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), 'r+b', buffering=0) as file:
+            if file.read() != text:
+                os.pwrite(file.fileno(), text, 0)
+                file.truncate(len(text))
+                os.fchmod(file.fileno(), 0o644)
 
     def resolv_conf(self, link: Link) -> str:
         """The text of /etc/resolv.conf inside, '' without DNS."""
@@ -355,22 +348,6 @@ def expected_counts(text: str) -> dict[str, int]:
         elif chain:
             counts[chain] = counts.get(chain, 0) + 1
     return counts
-
-
-def network_namespace(users: int, timeout_s: float = 5) -> int:
-    """A descriptor (owned by the caller) of a new network of the user namespace `users` (a descriptor)."""
-    enter = ['nsenter', f'--user=/proc/{os.getpid()}/fd/{users}', 'unshare', '--net', 'cat']
-    child = process.popen(enter, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    try:
-        path, own = f'/proc/{child.pid}/ns/net', os.readlink('/proc/self/ns/net')
-        deadline = time.monotonic() + timeout_s
-        while os.readlink(path) == own:
-            if child.poll() is not None or time.monotonic() > deadline:
-                raise process.CommandError(child.args, 'made no network namespace')
-            time.sleep(0.0003)
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        child.communicate()
 
 
 def local_networks() -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:

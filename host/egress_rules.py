@@ -14,7 +14,6 @@ NOT_INTERNET_6 = '2001::/32, 2002::/16'  # tunnels to IPv4 addresses
 MARK = 0xFAA6  # on what the egress table has let through; see host/firewall.py
 LINKS = 'faas-'  # what the names of all veths begin with: one wildcard serves every firewall
 MOST_FLOWS = 2048  # of one instance that the kernel tracks at a time
-KEPT = '10m'  # an address of a name is reachable for so long after it was last seen
 
 LABEL = '[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?'
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -129,14 +128,16 @@ def chains(place: Place, link: str, ipv4: str, ipv6: str, targets: Iterable[Targ
         elif target.kind == 'name':
             for version, number in (('ip', 4), ('ip6', 6)):
                 kind = set_name(link, number, target.port)
-                sets.add(f'set {kind} {{ type ipv{number}_addr; flags timeout; timeout {KEPT}; }}')
+                sets.add(f'set {kind} {{ type ipv{number}_addr; flags timeout; }}')
                 out.append(f'{version} daddr @{kind} {ports}')
     bound = [f'ip saddr != {ipv4} counter drop', f'ip6 saddr != {ipv6} counter drop']
+    # What the kernel does not track is not masqueraded: it would leave with the instance's own address.
+    known = ['ct state established,related meta mark set {mark} accept', 'ct state != new counter drop']
     limit = f'ct state new ct count over {MOST_FLOWS} counter drop'
     lines = {
-        f'{name}_forward': [*bound, 'ct state established,related meta mark set {mark} accept', limit,
+        f'{name}_forward': [*bound, *known, limit,
                             *(f'{each} meta mark set {{mark}} accept' for each in out)],
-        f'{name}_input': [*bound, 'ct state established,related meta mark set {mark} accept', limit,
+        f'{name}_input': [*bound, *known, limit,
                           *(f'{each} meta mark set {{mark}} accept' for each in dict.fromkeys(received))],
         f'{name}_nat': translated,
     }  # fmt: skip

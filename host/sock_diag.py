@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, SOCK_DESTROY = 4, 20, 21
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLMSG_ERROR, NLMSG_DONE = 1, 4, 0x300, 2, 3
+LISTEN = 10  # net/tcp_states.h
 SO_COOKIE = 57  # asm-generic/socket.h
 INET_DIAG_REQ_BYTECODE, INET_DIAG_BC_S_COND, INET_DIAG_SKMEMINFO = 1, 7, 7
 # Bits by the states of net/tcp_states.h: ESTABLISHED, SYN_RECV, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING.
@@ -99,6 +100,16 @@ def _memory(data, start, end):
             return received + max(0, reserved) + sent + options + new
         start += size + 3 & ~3
     return 0
+
+
+def listening_addresses(port: int) -> list[str]:
+    """Where TCP sockets of this network namespace listen at `port`. Raises OSError."""
+    found = set()
+    for family, size in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
+        body = struct.pack('BBBxI', family, socket.IPPROTO_TCP, 0, 1 << LISTEN) + struct.pack('!H46x', port)
+        for data, start, _ in _ask(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, body):
+            found.add(socket.inet_ntop(family, data[start + 24 : start + 24 + size]))
+    return sorted(found)
 
 
 def cookie(sock: socket.socket) -> int:

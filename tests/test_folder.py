@@ -226,9 +226,12 @@ class Folders(Staged):
         self.refuse(archive(HANDLER, entry('faas.toml', kind=tarfile.DIRTYPE)), 'faas.toml is not a file')
 
     @inside.inside
-    def test_a_procfile_has_one_line(self):
-        for text, pattern in (('', '0 lines'), ('web: a\nworker: b', '2 lines'), ('web:', 'command'), ('"', 'quot')):
+    def test_a_procfile_says_which_one_serves(self):
+        for text, pattern in (('', '0 lines'), ('a: b\nworker: b', '2 lines'), ('web:', 'command'), ('"', 'quot')):
             self.refuse(archive(HANDLER, ('Procfile', text)), pattern)
+        self.receive(archive(('Procfile', 'release: x\nweb: gunicorn -b :$PORT app\nworker: y\n')))
+        self.assertEqual(('gunicorn', '-b', ':$PORT', 'app'), self.spec.args)
+        self.assertEqual(("the Procfile: left out 'release', 'worker'",), self.spec.warnings)
 
     @inside.inside
     def test_a_folder_may_be_packed(self):

@@ -48,6 +48,17 @@ class Output(unittest.TestCase):
         copier.add(pipe)
         return pipe
 
+    def test_a_line_that_comes_again_and_again_is_counted(self):
+        pipe = self.pipe()
+        for data in (b'begin\n', b'fail', b'ed\n', *[b'failed\n' * 100] * 10, b'other\nother\nunfinished'):
+            os.write(pipe.writer, data)
+        os.write(pipe.writer, b' line\n' + b'x\n' * 5)
+        pipe.close_writer()
+        pipe.wait()
+        expected = b'begin\n' + b'failed\n' * 3 + b'[faasd] the line above came 998 times more\n'
+        expected += b'other\nother\nunfinished line\n' + b'x\n' * 3 + b'[faasd] the line above came 2 times more\n'
+        self.assertEqual(expected, self.log.last(100))
+
     def test_what_an_instance_writes_is_in_the_log_and_its_tail_at_hand(self):
         pipe = self.pipe()
         for number in range(50):

@@ -165,12 +165,27 @@ class Image(inside.InHost):
             'mount -t tmpfs x /mnt 2>&1; unshare -U true 2>&1; mknod /dev/x b 8 0 2>&1; echo x >/sys/power/state;'
             'echo 1 >/proc/sys/kernel/panic'
         )
-        self.assertIn('CapEff:\t00000000000000e3', said)  # CHOWN, DAC_OVERRIDE, KILL, SETGID, SETUID
+        self.assertIn('CapEff:\t00000000000400eb', said)  # with FOWNER, SYS_CHROOT
         self.assertIn('CapAmb:\t0000000000000000', said)
         self.assertRegex(said, r'NoNewPrivs:\t1\nSeccomp:\t2\n1\n0\ntest\n')
         self.assertIn('PORT=80', said)
         refused = re.findall('not permitted|ermission denied|Read-only', said)
         self.assertEqual(5, len(refused), said)
+
+    @inside.inside
+    def test_what_root_may_stays_inside(self):
+        """FOWNER and SYS_CHROOT: it changes the files of its own ids alone, and leaves a chroot for its own root."""
+        self.base()
+        said = self.run_in(
+            'touch /f; chown 33 /f; chmod 600 /f && stat -c %a /f; '
+            'chmod 777 /sys/kernel /proc/sys /etc/hosts 2>&1; '
+            'mkdir -p /jail/bin; cp /bin/busybox /jail/bin; chroot /jail /bin/busybox ls /; '
+            'chroot /proc/1/root /bin/busybox test -e /control.sock && echo own; cat /etc/hosts'
+        )
+        self.assertTrue(said.startswith('600\n'), said)
+        self.assertEqual(3, len(re.findall('not permitted|Read-only', said)), said)
+        self.assertIn('\nbin\nown\n', said)
+        self.assertIn('127.0.0.1 localhost test', said)
 
     @inside.inside
     def test_the_folder_it_works_in_is_made(self):

@@ -224,9 +224,6 @@ class Unpacked(StagedImages):
             ('out of the image', 'h', images.Hard('../../etc/passwd')),
             ('not in its layer', 'h', images.Hard('etc/passwd')),
             ('not in its layer', 'h', images.Hard('h')),
-            ('is a device', 'd', b'', {'type': tarfile.CHRTYPE, 'devmajor': 1, 'devminor': 3}),
-            ('is a device', 'd', b'', {'type': tarfile.BLKTYPE}),
-            ('is a device', 'd', b'', {'type': tarfile.CHRTYPE}),  # a whiteout by hand
             ('is a sparse file', 's', b'', {'type': tarfile.GNUTYPE_SPARSE}),
             ('cannot hold', 'd', b'', {'type': b'Z'}),
             ('belongs to 65536:0', 'a', b'', {'uid': 65536}),
@@ -277,8 +274,8 @@ class Unpacked(StagedImages):
             ({**RUN, 'WorkingDir': []}, None),
             ({**RUN, 'WorkingDir': ['a']}, 'WorkingDir is not a text'),
             ({**RUN, 'ExposedPorts': ['80']}, 'ExposedPorts is not an object'),
-            ({**RUN, 'ExposedPorts': {'http': {}}}, "'http' is not a port"),
-            ({**RUN, 'ExposedPorts': {'70000/tcp': {}}}, 'is not a port'),
+            ({**RUN, 'Labels': {'faas.memroy': '1'}}, "the LABELs faas..: there is no setting 'memroy'"),
+            ({**RUN, 'Labels': {'faas.pids': 'x'}}, 'the LABELs faas..: pids must be a number'),
             ({**RUN, 'StopSignal': 'SIGNOT'}, "no signal 'SIGNOT'"),
             ({**RUN, 'StopSignal': '99'}, "no signal '99'"),
             ([], None),
@@ -308,9 +305,10 @@ class Unpacked(StagedImages):
             'Env': ['PATH=/bin', 'EMPTY=', 'A=b=c', 'A=d'],
             'WorkingDir': 'srv/./app/',
             'User': 'www-data:101',
-            'ExposedPorts': {'8080': {}, '80/tcp': {}, '53/udp': {}},
+            'ExposedPorts': {'8080': {}, '80/TCP': {}, '53/udp': {}, '90-92': {}, 'http': {}, '70000/tcp': {}},
+            'Labels': {'faas.memory': '64M', 'faas.env.B': 'x', 'maintainer': 'me'},
             'StopSignal': 'quit',
-            'Healthcheck': {'Test': ['NONE']},
+            'Healthcheck': {'Test': ['CMD', '/check'], 'Interval': 5 * 10**9, 'Retries': 2},
             'Volumes': {'/data': {}},
         }
         self.image(BASE, BASE, config=config)
@@ -322,9 +320,13 @@ class Unpacked(StagedImages):
                 {'PATH': '/bin', 'EMPTY': '', 'A': 'd'},
                 '/srv/app',
                 'www-data:101',
-                (80, 8080),
+                (80, 90, 91, 92, 8080),
                 'SIGQUIT',
                 (digits, digits),
+                settings={'memory': 64 << 20, 'env': {'B': 'x'}},
+                volumes=('/data',),
+                healthcheck={'args': ['/check'], 'interval_s': 5, 'timeout_s': 30, 'retries': 2},
+                warnings=("EXPOSE: 'http', '70000/tcp' is not a port and counts for nothing",),
             ),
             self.spec,
         )
@@ -332,6 +334,18 @@ class Unpacked(StagedImages):
             shutil.rmtree(f'{self.functions}/1')
             self.image(BASE, config={**RUN, 'StopSignal': text})
             self.assertEqual((name, number, '/'), (self.spec.stop_signal, signal_number(name), self.spec.cwd))
+
+    @inside.inside
+    def test_devices_are_left_out(self):
+        """A whiteout by hand among them: it would remove what lies below."""
+        null = {'type': tarfile.CHRTYPE, 'devmajor': 1, 'devminor': 3}
+        devices = [(f'dev/{name}', b'', null) for name in ('null', 'a', 'b', 'c')]
+        layer = images.layer(('run', b'x'), *devices, ('disk', b'', {'type': tarfile.BLKTYPE}))
+        self.image(layer, images.layer(('run', b'', {'type': tarfile.CHRTYPE})), config=RUN)
+        (top, _) = (f'{self.layers.folder}/{digits}' for digits in self.spec.layers)
+        self.assertEqual((['run'], []), (sorted(set(os.listdir(top)) - {'dev'}), os.listdir(_)))
+        (warning,) = self.spec.warnings
+        self.assertRegex(warning, "^left out the devices 'dev/null', 'dev/a', 'dev/b', …: each instance gets a /dev$")
 
     @inside.inside
     def test_without_zstd_it_says_so(self):

@@ -4,7 +4,7 @@ import os
 import resource
 from typing import NamedTuple
 
-from handlers.containers import seccomp
+from handlers.containers import rootfs, seccomp
 from handlers.containers.limits import Bounds
 from handlers.images.spec import Spec, candidates
 from host import apparmor
@@ -100,11 +100,13 @@ class Configurations(NamedTuple):
         environment = {'PATH': '/usr/local/bin:/usr/bin:/bin', 'HOME': '/tmp', 'LANG': 'C.UTF-8'}
         process['env'] = in_lines(environment | {'FAAS_FUNCTION': config['hostname']} | spec.env)
         config['root'] = {'path': self.rootfs, 'readonly': True}
+        programs = ['exec'] if spec.settings.get('exec_tmp') else []  # the last option counts
         config['mounts'] += [
             tmpfs('/run', '1m', '755'),
-            tmpfs('/tmp', str(self.bounds.of(spec).writable), '755'),
+            tmpfs('/tmp', str(self.bounds.of(spec).writable), '755', *programs),
             host('/usr', '/usr'),
             host('/function', tree),
+            *(host(path, path) for path in rootfs.settings_shown(self.rootfs)),
         ]
         if spec.kind != 'handler':
             config['mounts'].append(tmpfs('/sys', '64k', '755', 'ro'))  # for its cgroup
@@ -138,15 +140,19 @@ class Configurations(NamedTuple):
                 'options': ['nosuid', 'noexec', 'nodev'],
             },
             {'destination': '/sys', 'type': 'sysfs', 'source': 'sysfs', 'options': ['nosuid', 'noexec', 'nodev', 'ro']},
-            host('/etc/hosts', os.path.join(self.rootfs, 'etc/hosts')),
         ]
 
     @staticmethod
     def add_ways_to_serve(config: dict, spec: Spec, bundle: str) -> None:
         """Add the two ways to serve without runtime.py: /control.sock, and listen(), also below port 1024."""
         environment = config['process']['env']
-        if not any(line.startswith('PORT=') for line in environment):
-            environment.append(f'PORT={candidates(spec)[0]}')
+        port = next((line[5:] for line in environment if line.startswith('PORT=')), None)
+        if port is None:
+            port = str(candidates(spec)[0])
+            environment.append(f'PORT={port}')
+        if spec.kind == 'command':  # a Procfile is written for a shell
+            words = config['process']['args']
+            config['process']['args'] = [word.replace('${PORT}', port).replace('$PORT', port) for word in words]
         config['mounts'] += [
             host('/run/faas', os.path.join(bundle, 'control')),
             # A JVM and others read their limits here. Without it they plan with the memory of the host.
@@ -162,17 +168,18 @@ class Configurations(NamedTuple):
         linux['sysctl'] = {'net.ipv4.ip_unprivileged_port_start': '0'}
 
 
-def add_egress(config: dict, namespace: int, hosts: str, resolv_conf: str) -> None:
-    """Have the instance in a network that was made for it (a descriptor), with these files in /etc."""
+def add_egress(config: dict, namespace: int, resolv_conf: str) -> None:
+    """Have the instance in a network that was made for it (a descriptor), with this file in /etc."""
     linux = config['linux']
     others = [each for each in linux['namespaces'] if each['type'] != 'network']
     linux['namespaces'] = [*others, {'type': 'network', 'path': f'/proc/{os.getpid()}/fd/{namespace}'}]
-    config['mounts'] = [each for each in config['mounts'] if each['destination'] != '/etc/hosts']
-    config['mounts'] += [host('/etc/hosts', hosts), host('/etc/resolv.conf', resolv_conf)]
+    config['mounts'].append(host('/etc/resolv.conf', resolv_conf))
 
 
 # Valid only in the instance's user namespace. KILL: a master that is root, such as gunicorn's, ends its workers.
-IMAGE_CAPABILITIES = ('CAP_CHOWN', 'CAP_SETUID', 'CAP_SETGID', 'CAP_DAC_OVERRIDE', 'CAP_KILL')
+IMAGE_CAPABILITIES = (
+    *('CAP_CHOWN', 'CAP_SETUID', 'CAP_SETGID', 'CAP_DAC_OVERRIDE', 'CAP_FOWNER', 'CAP_KILL', 'CAP_SYS_CHROOT'),
+)
 
 
 def limited() -> list[str]:

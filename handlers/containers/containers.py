@@ -10,14 +10,15 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from handlers.containers import bundle, protocol, rootfs
 from handlers.containers.bundle import ID_RANGE
-from handlers.containers.limits import Bounds, Limits, usage
+from handlers.containers.limits import Bounds, Limits, hits, usage
 from handlers.containers.private import Private
 from handlers.images.spec import Spec
 from host import process, sock_diag
@@ -26,6 +27,7 @@ from host.errors import EXPECTED, FaasError
 
 ID_SLOTS = 4096
 MEMORY_V1 = '/sys/fs/cgroup/memory'
+OUT_OF_MEMORY = 'ran out of memory'  # how the reason of such an end begins
 NOTIFIER = 'notify.sock'  # where the OCI runtime brings the descriptor that asks for each listen()
 LEFTOVERS_END_S = 10  # how long killed containers of a former run may take to end
 
@@ -75,7 +77,7 @@ class Containers:
         if not kept:  # else it may be in use: then it is only updated
             shutil.rmtree(self._rootfs, ignore_errors=True)
         os.makedirs(self._instances, mode=0o700, exist_ok=True)
-        os.makedirs(self._image, exist_ok=True)
+        os.makedirs(os.path.join(self._image, 'root'), exist_ok=True)  # `runc exec` goes there, and sees nothing of it
         os.makedirs(self.private.where, mode=0o700, exist_ok=True)
         rootfs.lay_out(self._rootfs)
         return kept
@@ -254,14 +256,21 @@ class Containers:
         # The instance must own its output to open /dev/stdout, where the log files of many images lead.
         user = config['process']['user']
         os.fchown(fds[1], base + user['uid'], base + user['gid'])
+        if spec.healthcheck:
+            self._write(bundle_dir, 'process.json', config['process'])  # without secrets
         config_dir = self.private.add(config, spec, base) if self.private.is_wanted(spec) else bundle_dir
+        hosts = os.path.join(bundle_dir, 'hosts')
+        with open(hosts, 'w') as file:
+            file.write(rootfs.hosts_of(name))
+        os.chmod(hosts, 0o644)
+        config['mounts'].append(bundle.host('/etc/hosts', hosts))
         if texts := spec.settings.get('egress'):
-            link = self._egress.attach(ident, name, texts, users, bundle_dir)
+            link = self._egress.attach(ident, name, texts, users, hosts)
             resolv = os.path.join(bundle_dir, 'resolv.conf')
             with open(resolv, 'w') as file:
                 file.write(self._egress.resolv_conf(link))
             os.chmod(resolv, 0o644)
-            bundle.add_egress(config, link.namespace, link.hosts, resolv)
+            bundle.add_egress(config, link.namespace, resolv)
         self._write(config_dir, 'config.json', config)
         bound_sockets(f'{MEMORY_V1}{self._cgroup}/{ident}', limits.memory)
         pid_file, errors = os.path.join(bundle_dir, 'pid'), os.path.join(bundle_dir, 'runtime.log')
@@ -269,12 +278,42 @@ class Containers:
         run = ['run', '--detach', '--no-new-keyring', '--bundle', config_dir, '--pid-file', pid_file]
         run += ['--preserve-fds', '1'] if protocol.CHANNEL_FD in fds else []
         code = process.run_with_fds([*bundle.limited(), *self._runtime, '--log', errors, *run, ident], fds)
-        os.unlink(os.path.join(config_dir, 'config.json'))  # the runtime has read it, and it may hold secrets
-        if os.path.exists(os.path.join(kept := os.path.join(self._roots['crun'], ident), 'config.json')):
-            self._write(kept, 'config.json', config | {'process': config['process'] | {'env': []}})
+        if config_dir != bundle_dir:
+            os.unlink(os.path.join(config_dir, 'config.json'))  # the runtime has read it, and it may hold secrets
+            if os.path.exists(os.path.join(kept := os.path.join(self._roots['crun'], ident), 'config.json')):
+                self._write(kept, 'config.json', config | {'process': config['process'] | {'env': []}})
         if code:
             said = runtime_said(errors) or f'{self._runtime[0]} ended with exit code {code}'
             raise ContainerError(*program_missing(said, spec) or (said,))
+
+    def execute(self, container: 'Container', args: Sequence[str], timeout_s: float) -> str | None:
+        """Run a program to its end in the container of an image with a HEALTHCHECK. It waits for it.
+
+        None if it ends with 0, else what it did.
+        """
+        folder = os.path.join(self._instances, container.ident)
+        name, null = f'exec-{secrets.token_hex(4)}', subprocess.DEVNULL
+        pid_file = os.path.join(folder, f'{name}.pid')
+        how = ['--pid-file', pid_file, '--process', os.path.join(folder, f'{name}.json')]
+        run = [*self._runtime, 'exec', *how, container.ident]
+        try:
+            with open(os.path.join(folder, 'process.json')) as file:
+                self._write(folder, f'{name}.json', json.load(file) | {'args': list(args)})
+            with process.popen(run, stdin=null, stdout=null, stderr=null) as child:
+                try:
+                    code = child.wait(timeout_s)
+                    return None if code == 0 else f'exit code {code}'
+                except subprocess.TimeoutExpired:
+                    with contextlib.suppress(OSError, ValueError), open(pid_file) as file:
+                        os.kill(int(file.read()), signal.SIGKILL)  # the runtime alone would leave it there
+                    child.kill()
+                    return f'no end within {timeout_s:g} s'
+        except (process.CommandError, OSError) as error:
+            return str(error)
+        finally:
+            for end in ('pid', 'json'):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(folder, f'{name}.{end}'))
 
     def _mapping(self, inner, base, size):
         """The user namespace that maps `size` ids from `inner` to those from `base`. It is made once and kept.
@@ -291,7 +330,7 @@ class Containers:
         code = container.reap()
         signals = {128 + number: number.name for number in signal.Signals}
         reason = f'ended by {signals[code]}' if code in signals else f'ended with exit code {code}'
-        if code in (137, 143) and self._out_of_memory(container.ident):
+        if code in (137, 143) and self.hits(container.ident)['memory']:
             reason = f'ran out of memory (the limit is {container.memory >> 20} MiB)'
         if self._egress:
             self._egress.detach(container.ident)
@@ -352,13 +391,9 @@ class Containers:
         address = self._egress and self._egress.address_of(container.ident)
         return used | ({'egress': address} if address else {})
 
-    def _out_of_memory(self, ident):
-        for where in self._cgroups():
-            for name in ('memory.oom_control', 'memory.events'):
-                with contextlib.suppress(OSError), open(os.path.join(where, ident, name)) as file:
-                    if any(line.startswith('oom_kill ') and line.split()[1] != '0' for line in file):
-                        return True
-        return False
+    def hits(self, ident: str) -> dict[str, int]:
+        """How often the container came up against a limit: see limits.hits()."""
+        return hits(os.path.join(where, ident) for where in self._cgroups())
 
 
 def bound_sockets(folder: str, memory: int) -> None:

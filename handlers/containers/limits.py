@@ -82,3 +82,21 @@ def usage(folders: Iterable[str]) -> dict[str, float]:
             if micros := re.search(r'^usage_usec ([0-9]+)$', file.read(), re.M):
                 found['cpu_s'] = int(micros[1]) / 1e6
     return found
+
+
+def hits(folders: Iterable[str]) -> dict[str, int]:
+    """How often a container came up against a limit: {'pids', 'memory'}. For the folders see usage().
+
+    'pids' counts processes and threads that could not start, 'memory' processes that were killed for lack of it.
+    """
+    found = {'pids': 0, 'memory': 0}
+    for folder in folders:
+        for name, key, word in (
+            ('pids.events', 'pids', 'max'),
+            ('memory.events', 'memory', 'oom_kill'),
+            ('memory.oom_control', 'memory', 'oom_kill'),
+        ):
+            with contextlib.suppress(OSError), open(os.path.join(folder, name)) as file:
+                if count := re.search(rf'^{word} ([0-9]+)$', file.read(), re.M):
+                    found[key] = max(found[key], int(count[1]))
+    return found

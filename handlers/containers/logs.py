@@ -10,6 +10,7 @@ import time
 LOG_LIMIT = 1 << 20  # bytes of a log file, unless the function asks for another; one older file is kept
 TAIL_LINES = 20
 LINE_LIMIT = 4096
+REPEATS, MOST_UNTOLD = 3, 100_000  # of one line: more are counted, and told at the latest after so many
 COPY_PERIOD_S = 0.01  # between two turns of the copier: in each a function gets at most one pipe copied
 
 
@@ -44,6 +45,7 @@ class LogPipe:
     def __init__(self, log: Log, reader: int | None = None) -> None:
         """A new pipe, or the one whose reading end is `reader` (consumed): a former faasd started that instance."""
         self._log, self._lines, self._rest = log, collections.deque(maxlen=TAIL_LINES), b''
+        self._last, self._count, self._untold = None, 0, 0  # the last line, and how often it was repeated
         self._ended = threading.Event()
         self.reader, self.writer = reader, None
         if reader is None:
@@ -65,13 +67,38 @@ class LogPipe:
             return True
         if not data:
             return False
-        self._log.append(data)
+        begun = len(self._rest)  # bytes of an unfinished line, which are written already
         *lines, self._rest = (self._rest + data).split(b'\n')
-        self._lines.extend(line[:LINE_LIMIT] for line in lines)
+        if lines:
+            self._log.append(self._folded(lines, begun) + self._rest)
+            self._lines.extend(line[:LINE_LIMIT] for line in lines)
+        else:
+            self._log.append(self._told() + data)
         self._rest = self._rest[-LINE_LIMIT:]
         return True
 
+    def _folded(self, lines, begun):
+        """The lines, less what repeats the line before more than REPEATS times, and less the first `begun` bytes."""
+        out = []
+        for line in lines:
+            self._count = self._count + 1 if line == self._last and not begun else 0
+            self._last = line
+            if self._count < REPEATS:
+                out.append(self._told() + line[begun:] + b'\n')
+            else:
+                self._untold += 1
+                if self._untold == MOST_UNTOLD:
+                    out.append(self._told())
+            begun = 0
+        return b''.join(out)
+
+    def _told(self):
+        count, self._untold = self._untold, 0
+        return b'[faasd] the line above came %d times more\n' % count if count else b''
+
     def close(self) -> None:
+        if text := self._told():
+            self._log.append(text)
         os.close(self.reader)
         self._ended.set()
 

@@ -6,6 +6,7 @@ that the OCI runtime inherits. The host does not see it, and it is gone when the
 
 import contextlib
 import ctypes
+import glob
 import os
 import re
 import shutil
@@ -26,6 +27,13 @@ MS_REC, MS_PRIVATE, MS_NOSUID, MS_NODEV = 0x4000, 1 << 18, 2, 4
 CLONE_NEWNS = 0x20000
 RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 4, 0x10
 
+# What a folder sees of the host's /etc: what Debian's packages keep there to find themselves, and settings that
+# interpreters need. Nothing of it may hold a secret: people write passwords into /etc/mysql or /etc/php/*/fpm.
+SETTINGS = (
+    *('/etc/alternatives', '/etc/ld.so.cache', '/etc/localtime', '/etc/timezone', '/etc/mime.types', '/etc/magic'),
+    *('/etc/ssl/certs', '/etc/ssl/openssl.cnf', '/etc/fonts', '/etc/protocols', '/etc/services', '/etc/java-*-openjdk'),
+    *('/etc/php/*/cli', '/etc/php/*/mods-available', '/etc/perl', '/etc/python3*', '/etc/ImageMagick-*'),
+)
 MOST_INODES = 65536  # of the writable layer
 MOST_ACCOUNTS = 1 << 20  # bytes of an image's /etc/passwd or /etc/group
 
@@ -87,6 +95,14 @@ def lay_out(root: str) -> None:
     ):
         with open(os.path.join(root, 'etc', name), 'w') as file:
             file.write(text)
+    for path in glob_settings():
+        where = root + path
+        if os.path.isdir(path):
+            os.makedirs(where, exist_ok=True)
+        else:
+            os.makedirs(os.path.dirname(where), exist_ok=True)
+            with open(where, 'a'):
+                pass
     for module in ('runtime.py', 'protocol.py', 'pace.py'):
         shutil.copy(
             os.path.join(os.path.dirname(os.path.abspath(__file__)), module),
@@ -94,6 +110,22 @@ def lay_out(root: str) -> None:
         )
     compile_all = ['/usr/bin/python3', '-I', '-S', '-m', 'compileall', '-q', '--invalidation-mode=unchecked-hash']
     process.run([*compile_all, '-s', root, '-p', '/', os.path.join(root, 'opt/faas')])
+
+
+def glob_settings() -> list[str]:
+    """The files and folders of SETTINGS that this host has."""
+    found = sorted(path for pattern in SETTINGS for path in glob.glob(pattern))
+    return [path for path in found if os.path.isdir(path) or os.path.isfile(path)]
+
+
+def settings_shown(root: str) -> list[str]:
+    """Those that lay_out() has made a mount point for, and that are there still."""
+    return [path for path in glob_settings() if os.path.exists(root + path)]
+
+
+def hosts_of(name: str) -> str:
+    """The text of /etc/hosts of an instance."""
+    return f'127.0.0.1 localhost {name}\n::1 localhost {name}\n'
 
 
 def mount(where: str, layers: list[str], ids: int, size: int, owner: int) -> str:

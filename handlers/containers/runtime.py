@@ -542,7 +542,8 @@ def main() -> int:
     become_child_of_init()
     channel.send(protocol.HELLO + bytes((protocol.VERSION,)))
     path = os.path.join(FUNCTION, 'handler.py')
-    sys.path.insert(0, FUNCTION)
+    more = os.environ.get('PYTHONPATH', '').split(':')  # which -I keeps from Python
+    sys.path[:0] = [FUNCTION, *filter(os.path.isabs, more)]
     sys.argv = [path]
     runtime = Runtime(channel)
     signal.signal(signal.SIGTERM, lambda *_: channel.shutdown(socket.SHUT_RD))  # the next receive is the end

@@ -21,6 +21,7 @@ MOST_JSON, MOST_JSON_IN_ALL = 4 << 20, 16 << 20
 JSON_COST = 4096  # bytes that the reading of a small file counts as
 MOST_MEMBERS = 20_000  # of the archive itself, not of its layers
 MOST_LAYERS = 127
+MOST_PORTS, MOST_VOLUMES = 1024, 32
 MOST_NESTED = 4  # indexes in indexes, links to links
 
 CPUS = {'x86_64': 'amd64', 'aarch64': 'arm64', 'armv7l': 'arm', 'armv6l': 'arm', 'i686': '386', 'i386': '386'}
@@ -261,13 +262,8 @@ def image_spec(config: dict, layers: list[str]) -> dict:
         if not name or not equals:
             raise ImageError(f"the config's Env: {show(text)} is not NAME=VALUE")
         env[name] = value
-    ports = set()
-    for port in of(inner.get('ExposedPorts') or {}, dict, "the config's ExposedPorts"):
-        found = re.fullmatch(r'([0-9]{1,5})(?:/(tcp|udp|sctp))?', port)
-        if not found or not 1 <= int(found[1]) <= 65535:
-            raise ImageError(f"the config's ExposedPorts: {show(port)} is not a port")
-        if found[2] in (None, 'tcp'):
-            ports.add(int(found[1]))
+    ports, warnings = exposed(of(inner.get('ExposedPorts') or {}, dict, "the config's ExposedPorts"))
+    volumes = sorted(of(inner.get('Volumes') or {}, dict, "the config's Volumes"))[:MOST_VOLUMES]
     labels = of(inner.get('Labels') or {}, dict, "the config's Labels")
     try:
         settings = wants.from_labels(labels)
@@ -279,10 +275,47 @@ def image_spec(config: dict, layers: list[str]) -> dict:
         'env': env,
         'cwd': '/' + '/'.join(map(os.fsdecode, parts(os.fsencode(text_of(inner, 'WorkingDir'))))),
         'user': text_of(inner, 'User'),
-        'ports': sorted(ports),
+        'ports': ports,
         'stop_signal': signal_name(text_of(inner, 'StopSignal') or 'SIGTERM'),
         'layers': layers,
         'settings': settings,
+        'volumes': volumes,
+        'healthcheck': healthcheck(of(inner.get('Healthcheck') or {}, dict, "the config's Healthcheck")),
+        'warnings': warnings,
+    }
+
+
+def exposed(said: dict) -> tuple[list[int], list[str]]:
+    """The TCP ports of ExposedPorts, and what cannot be read of it, as warnings: '80', '80/tcp', '8000-8010/TCP'."""
+    ports, unread = set(), []
+    for text in said:
+        found = re.fullmatch(r'([0-9]{1,5})(?:-([0-9]{1,5}))?(?:/(tcp|udp|sctp))?', text.lower())
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 1 <= first <= last <= 65535:
+            unread.append(show(text))
+        elif found[3] in (None, 'tcp'):
+            ports.update(range(first, min(last, first + MOST_PORTS) + 1))
+    warnings = [f'EXPOSE: {", ".join(unread[:9])} is not a port and counts for nothing'] if unread else []
+    return sorted(ports)[:MOST_PORTS], warnings
+
+
+def healthcheck(said: dict) -> dict | None:
+    """The HEALTHCHECK, whose times are in nanoseconds; None without one. Raises ImageError."""
+    how, *args = texts(said, 'Test') or ['NONE']
+    if how == 'CMD-SHELL':
+        args = ['/bin/sh', '-c', *args[:1]]
+    if how not in ('CMD', 'CMD-SHELL') or not args or not args[0]:
+        return None
+
+    def number(key: str, default: float, unit: float, least: float, most: float) -> float:
+        value = of(said.get(key) or 0, int, f"the config's Healthcheck: {key}") / unit
+        return max(least, min(value or default, most))
+
+    return {
+        'args': args,
+        'interval_s': number('Interval', 30, 1e9, 1, 86400),
+        'timeout_s': number('Timeout', 30, 1e9, 1, 3600),
+        'retries': int(number('Retries', 3, 1, 1, 1000)),
     }
 
 

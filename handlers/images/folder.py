@@ -115,7 +115,9 @@ def do_folder(section: Section, name: str, count: Callable[[int], None]) -> dict
 def folder_spec() -> dict:
     """The fields of a spec.Spec, for the function in the current folder. Raises ImageError."""
     settings = faas_toml()
-    command = settings.pop('command', None) or procfile()
+    command, warnings = settings.pop('command', None), []
+    if command is None:
+        command, warnings = procfile()
     if command is None and not os.path.isfile('handler.py'):
         seen = next(filter(os.path.isfile, ALMOST), None)
         raise ImageError(
@@ -127,6 +129,7 @@ def folder_spec() -> dict:
         'args': command or [],
         'cwd': '/function',
         'settings': settings,
+        'warnings': warnings,
     }
 
 
@@ -160,16 +163,26 @@ def faas_toml() -> dict:
         raise ImageError(str(error), error.hint) from error
 
 
-def procfile() -> list[str] | None:
-    """The command in the only line of a Procfile, None without one. Raises ImageError."""
+def procfile() -> tuple[list[str] | None, list[str]]:
+    """(the command in a Procfile, or None without one; warnings): that of the type `web`, or the only one.
+
+    Raises ImageError.
+    """
     text = read_settings('Procfile')
     if text is None:
-        return None
+        return None, []
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith('#')]
-    if len(lines) != 1:
-        raise ImageError(f'the Procfile has {len(lines)} lines, not one', 'leave the one that serves')
-    name, colon, command = lines[0].partition(':')
+    types = {}
+    for line in lines:
+        name, colon, command = line.partition(':')
+        named = colon and re.fullmatch(r'[A-Za-z0-9_-]+', name)
+        types[name if named else ''] = command if named else line
+    chosen = 'web' if 'web' in types else next(iter(types), None)
+    if chosen is None or (len(lines) > 1 and chosen != 'web'):
+        raise ImageError(f'the Procfile has {len(lines)} lines, and none begins with web:', 'name the one that serves')
+    others = [name or types[name] for name in types if name != chosen]
+    warnings = [f'the Procfile: left out {", ".join(map(show, others[:9]))}'] if others else []
     try:
-        return wants.split(command if colon and re.fullmatch(r'[A-Za-z0-9_-]+', name) else lines[0])
+        return wants.split(types[chosen]), warnings
     except wants.BadWant as error:
         raise ImageError(f'the Procfile: {error}') from error

@@ -11,6 +11,7 @@ from handlers.images import wants
 from handlers.images.archive import MOST_LAYERS
 
 NOBODY = 65534
+MOST_WARNINGS, MOST_LINE = 32, 1000
 DEFAULT_PORT = 80  # the value of $PORT, unless the ENV or EXPOSE of the image has another
 
 
@@ -19,6 +20,8 @@ class Spec(NamedTuple):
 
     kind is 'handler' (a handler.py), 'command' (args in a folder) or 'image' (args in `layers`: hex digests, the bottom
     one first). user is '' for root, else as the image has it. ports are the TCP ports that it says it serves.
+    volumes are the paths that the image declares as such. warnings are for who deploys it.
+    healthcheck is the HEALTHCHECK of the image: {'args', 'interval_s', 'timeout_s', 'retries'}.
     settings are the normalised wants (see wants.KEYS) of the folder or the image; of the Spec that an instance gets
     also those of the function, which its other fields have, too.
     """
@@ -34,6 +37,9 @@ class Spec(NamedTuple):
     start_timeout_s: float | None = None
     concurrency: int | None = None
     settings: dict[str, object] = {}
+    volumes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    healthcheck: dict[str, object] | None = None
 
     def effective(self, config: dict[str, object]) -> 'Spec':
         """With what `config`, the wants of flags and `faas config`, sets above those of the folder or the image."""
@@ -78,6 +84,9 @@ class Spec(NamedTuple):
             ('start_timeout_s', spec.start_timeout_s is None or is_number(spec.start_timeout_s, 0.1, 3600)),
             ('concurrency', spec.concurrency is None or is_int(spec.concurrency, 1, 100_000)),
             ('settings', are_wants(spec.settings)),
+            ('volumes', is_tuple(spec.volumes, is_text) and len(spec.volumes) <= MOST_WARNINGS),
+            ('healthcheck', spec.healthcheck is None or is_healthcheck(spec.healthcheck)),
+            ('warnings', is_tuple(spec.warnings, is_line) and len(spec.warnings) <= MOST_WARNINGS),
         ):
             if not right:
                 raise ValueError(f"the spec's {name} is not valid")
@@ -99,6 +108,23 @@ def is_text(value: object) -> bool:
         return isinstance(value, str) and '\0' not in value and os.fsencode(value) is not None
     except UnicodeEncodeError:
         return False
+
+
+def is_healthcheck(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {'args', 'interval_s', 'timeout_s', 'retries'}
+        and isinstance(value['args'], list)
+        and bool(value['args'] and value['args'][0])
+        and all(map(is_text, value['args']))
+        and is_number(value['interval_s'], 1, 86400)
+        and is_number(value['timeout_s'], 1, 3600)
+        and is_int(value['retries'], 1, 1000)
+    )
+
+
+def is_line(value: object) -> bool:
+    return is_text(value) and len(value) <= MOST_LINE and value.isprintable()
 
 
 def is_tuple(value: object, each: Callable[[object], bool]) -> bool:

@@ -190,10 +190,14 @@ def do_image(opened: archive.Archive, order: dict, start_zstd: streams.StartZstd
             stored[layer.diff_id] = []
             written.append(layer.diff_id)
         jobs[layer] = layer_job(layer, place, start_zstd, bounds.meter(place), verified)
-    opaque, blobs = {}, {}
+    opaque, blobs, devices = {}, {}, []
     for layer, done in zip(jobs, side_by_side(list(jobs.values())), strict=True):
         opaque.setdefault(layer.diff_id, []).extend(done['opaque'])
+        devices += done['devices']
         blobs.setdefault(layer.diff_id, []).extend([done['blob']] if done['blob'] else [])
+    if devices:
+        names = ', '.join(devices[:3]) + ', …' * (len(devices) > 3)
+        spec['warnings'].append(f'left out the devices {names}: each instance gets a /dev')
     return {'spec': spec, 'layers': written, 'opaque': opaque, 'blobs': blobs}
 
 

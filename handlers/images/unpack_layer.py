@@ -17,6 +17,7 @@ from handlers.images.tar import parts
 
 IMAGE_DEPTH = 128
 MOST_ID = 65535
+MOST_TOLD = 4  # devices of a layer that are named
 MOST_OPAQUE = 10_000  # in one layer: the daemon marks each
 
 
@@ -71,11 +72,13 @@ class Root:
     """The root folder of this process, while a layer fills it. A later entry replaces an earlier one.
 
     What the layer removes from the layers below is written as overlayfs reads it: a character device 0:0. `opaque` has
-    the folders that hide those of the same name below. The daemon marks them, since that takes privileges.
+    the folders that hide those of the same name below. The daemon marks them, since that takes privileges. Devices are
+    left out: each instance gets a /dev.
     """
 
     def __init__(self, meter: Meter) -> None:
         self._meter, self.opaque, self._marks = meter, set(), 0
+        self.devices = []  # that were left out
         # Mode and time of folders are set at the end: the mode may forbid to write.
         self._folders = {}  # path → (member, how many folders were removed before it)
         self._removed, self._removals = {}, 0  # path → its number among the folders that were removed, from 1
@@ -138,7 +141,8 @@ class Root:
             finally:
                 os.close(fd)
         elif kind == 'device':
-            raise ImageError(f'{show(member.name)} is a device', 'leave devices out: each instance gets a /dev')
+            if len(self.devices) < MOST_TOLD:
+                self.devices.append(show(member.name))
         else:
             raise ImageError(f'{show(member.name)} is a {kind}, which an image cannot hold')
 
@@ -264,7 +268,7 @@ def do_layer(
     blob = content = streams.Digest(layer.section.chunks())
     if packed:
         if verified and blob.hex() in verified and layer.blob in (None, blob.hex()):
-            return {'opaque': [], 'blob': blob.hex()}
+            return {'opaque': [], 'devices': [], 'blob': blob.hex()}
         content = streams.Tap(meter.chunks(streams.unpacked(layer.section, packed, start_zstd)))
         reader = streams.Reader(content)
     else:
@@ -279,4 +283,4 @@ def do_layer(
     for what, digest, expected in (('blob', blob, layer.blob), ('content', content, layer.diff_id)):
         if expected and digest.hex() != expected:
             raise ImageError(f'the {what} has another digest than sha256:{expected}', 'save the image again')
-    return {'opaque': sorted(root.opaque), 'blob': packed and blob.hex()}
+    return {'opaque': sorted(root.opaque), 'devices': root.devices, 'blob': packed and blob.hex()}

@@ -75,13 +75,16 @@ class Apart:
         self.thread = threading.Thread(target=self._work, name='closer', daemon=True)
         self.thread.start()
 
-    def call(self, name: str, work: Callable, *args: object) -> bool:
-        """Run work(*args) in a thread of its own. False when the function `name` has too many: nothing is done."""
+    def call(self, name: str, work: Callable, *args: object, within_s: float = 0) -> bool:
+        """Run work(*args) in a thread of its own. False when the function `name` has too many: nothing is done.
+
+        It may take `within_s` longer than others before that is a problem.
+        """
         key = object()
         with self._changed:
             if self._count(name) >= EACH_MAX:
                 return False
-            self._running[key] = name, time.monotonic()
+            self._running[key] = name, time.monotonic() + within_s
         try:
             threading.Thread(target=self._run, args=(key, work, args), name='apart', daemon=True).start()
         except RuntimeError:  # no thread is left

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from handlers.containers import protocol
-from handlers.containers.containers import Container, ContainerError
+from handlers.containers.containers import OUT_OF_MEMORY, Container, ContainerError
 from handlers.containers.logs import LogPipe
 from handlers.serving.injection import Inside
 from host.errors import FaasError
@@ -148,6 +148,11 @@ class Instance:
         """True if it needs a listener at its start."""
         return False
 
+    @property
+    def must_answer(self) -> str | None:
+        """What it is asked before clients come: 'tcp', a path, or None."""
+        return None
+
     def descriptors(self) -> int:
         """How many of faasd's descriptors it takes, about."""
         return INSTANCE_DESCRIPTORS + len(self.connections)
@@ -168,6 +173,11 @@ class Instance:
         """What its container uses (see limits.usage), None without one. From any thread."""
         container = self._container
         return self._around.containers.usage(container) if container else None
+
+    def hits(self) -> dict[str, int]:
+        """How often it came up against a limit (see limits.hits). From any thread."""
+        container = self._container
+        return self._around.containers.hits(container.ident) if container else {}
 
     def changed_mounts(self) -> set[tuple]:
         """See Private.changed(); nothing of one that does not serve. From any thread."""
@@ -296,6 +306,8 @@ class Instance:
         """In a worker thread: what waits for runc and for the last output."""
         try:
             reason = self._around.containers.remove(container)
+            if reason.startswith(OUT_OF_MEMORY):
+                self.hint = f'raise it: faas config {self.pool.name} --set memory={2 * container.memory >> 20}M'
         except Exception as error:  # its end must be seen, whatever remains of it
             traceback.print_exc()
             reason = repr(error)

@@ -6,12 +6,14 @@ names the number that gets everything. A group never has more than two: the curr
 
 import contextlib
 import ctypes
+import pathlib
 import socket
 import struct
 
 from host.guard import Guard, Unguarded
 
 SO_ATTACH_REUSEPORT_CBPF = 51
+MIGRATE = '/proc/sys/net/ipv4/tcp_migrate_req'
 BACKLOG = 4096
 # linux/filter.h; negative offsets reach back to the IPv6 header, whatever the program otherwise sees.
 BPF_LD_W_ABS, BPF_LD_H_ABS, BPF_JEQ_K, BPF_RET_K = 0x20, 0x28, 0x15, 0x06
@@ -49,6 +51,19 @@ def share(sock: socket.socket) -> None:
 def queued(listener: socket.socket) -> int:
     """How many connections wait to be accepted."""
     return struct.unpack_from('I', listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), QUEUED_OFFSET)[0]
+
+
+def migrates() -> bool:
+    """True once the kernel moves what waits at a closed listener to another of its group (ip-sysctl: tcp_migrate_req).
+
+    It is switched on here.
+    """
+    try:
+        if pathlib.Path(MIGRATE).read_text().strip() != '1':
+            pathlib.Path(MIGRATE).write_text('1')
+        return True
+    except OSError:  # a container whose /proc/sys is read-only
+        return False
 
 
 def listens(listener: socket.socket) -> bool:
@@ -154,6 +169,14 @@ class ListenerGroup:
             raise ValueError('that is not the next listener')
         attach(self.current, steering(self._order.index(sock)))
         self.former, self._former_is_done, self.current, self._next = self.current, False, sock, None
+
+    def take_over(self, sock: socket.socket) -> None:
+        """Make the next listener `sock` the current one, and have the kernel move there what waits at the former one.
+
+        Raises OSError. It needs migrates().
+        """
+        self.cut_over(sock)
+        self.close_former()
 
     def former_is_done(self) -> None:
         """The former listener may be closed as soon as there is need for its place."""

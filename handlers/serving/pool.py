@@ -10,13 +10,13 @@ import socket
 from collections.abc import Callable
 
 from handlers.containers.bundle import ID_RANGE
-from handlers.containers.containers import Container
+from handlers.containers.containers import OUT_OF_MEMORY, Container
 from handlers.containers.logs import LOG_LIMIT, Log
 from handlers.serving import scaler
 from handlers.serving.connection import ConnectionCounts, Waiting
 from handlers.serving.instance import Instance, InstanceState, Revision, ServingMode, StartFailed, Surroundings
 from handlers.serving.instance_set import InstanceSet
-from handlers.serving.listeners import ListenerGroup
+from handlers.serving.listeners import ListenerGroup, migrates
 from handlers.serving.program import Program, make_instance
 from handlers.serving.rollout import (
     KEEPALIVE_IDLE_S,
@@ -70,6 +70,7 @@ class Pool(ForOtherThreads):
         self.name, self.log, self.around, self.revision = name, log, around, revision
         self._set_log_limit()
         self.crash_reason: str | None = None  # why the last instance ended that should not have
+        self.limit_reason: str | None = None  # which limit an instance of the live revision came up against
         self.instances = InstanceSet(lambda folder: around.workers.submit(around.forget, folder))
         self._make = make
         self._group: ListenerGroup | None = None
@@ -96,7 +97,7 @@ class Pool(ForOtherThreads):
             return 'crashing', self.crash_reason
         if serving and not serving.listens_itself and len(serving.connections) >= serving.max_connections:
             return 'full', f'it serves {serving.max_connections} connections, more wait'
-        return ('running' if serving else 'starting' if self._starting else 'idle'), None
+        return ('running' if serving else 'starting' if self._starting else 'idle'), self.limit_reason
 
     # For the server, in the loop's thread
 
@@ -247,11 +248,14 @@ class Pool(ForOtherThreads):
     def _try(self, instance):
         """Start an instance that does not serve yet.
 
-        While another serves, or may, it gets a listener of its own, when there is room for one.
+        While another serves, or may, it gets a listener of its own, when there is room for one; also when clients must
+        not come before it has answered.
         """
         if instance.state != InstanceState.STARTING or self._closed or not self._group:
             return self._fail(instance, 'it is being shut down')
         alone = not self._serving and self._starting in (None, instance)
+        if alone and instance.must_answer:  # what waits is given to it when it has answered
+            alone = not migrates()
         try:
             if not self._trials.place(instance, self._group, alone):
                 return self.around.loop.later(ROLLOUT_POLL_S, self._try, instance)
@@ -321,6 +325,7 @@ class Pool(ForOtherThreads):
         self._set_log_limit()
         if former is not None and former.folder != revision.folder:
             self.instances.replaced(former.folder)
+            self.limit_reason = None
             self._scaler.recovered()  # those failures were of other code
         self._scaler.used(self.around.clock())
         if self._serving is None:
@@ -350,7 +355,9 @@ class Pool(ForOtherThreads):
             self._roll_out(rollout)
         except OSError:  # it is looked at again in a second
             return
-        self.around.emit('handler', f'{self.name}: idle for {self.idle_timeout_s:g} s, stopped', name=self.name)
+        text = f'idle for {self.idle_timeout_s:g} s, stopped'
+        self.around.emit('handler', f'{self.name}: {text}', name=self.name)
+        self.around.workers.submit(self.log.append, f'[faasd] {text}\n'.encode())
         self._set_accepting(True)
 
     # Ends
@@ -362,6 +369,8 @@ class Pool(ForOtherThreads):
 
     def _note_crash(self, instance, before, reason):
         self._scaler.failed(self.around.clock(), instance.age_s())
+        if instance.hint and reason.startswith(OUT_OF_MEMORY):
+            reason = f'{reason}: {instance.hint}'
         self.crash_reason = reason
         self.around.workers.submit(self.log.append, f'[faasd] {reason}\n'.encode())  # where a person looks first
         subject = f'{self.name}: the instance' if before == InstanceState.READY else f'{self.name}:'

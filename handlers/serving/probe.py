@@ -1,12 +1,34 @@
 """Asks a server that is tried one question, as a client would."""
 
+import re
 import socket
 import time
 
 MOST_BYTES = 1 << 20  # of an answer
+KEPT_S = 0.2  # a server that keeps a connection for so long means to
 
 
-def ask(client: socket.socket, name: str, within_s: float) -> bytes | None:
+def readiness(client: socket.socket, name: str, how: str, within_s: float) -> str | None:
+    """None if the server at the other end of `client` (borrowed) is ready, else what it did instead.
+
+    `how` is a path, which must be answered with a status from 200 to 399; or 'tcp': it must keep the connection.
+    """
+    if how == 'tcp':
+        client.settimeout(KEPT_S)
+        try:
+            return None if client.recv(1) else 'a closed connection'
+        except TimeoutError:
+            return None
+        except OSError:
+            return 'a reset connection'
+    heard = ask(client, name, within_s, how)
+    found = re.match(rb'HTTP/1\.[01] ([0-9]{3})', heard or b'')
+    if not found:
+        return 'no answer' if heard is None else 'a closed connection' if not heard else 'what is not HTTP'
+    return None if 200 <= int(found[1]) < 400 else f'status {int(found[1])}'
+
+
+def ask(client: socket.socket, name: str, within_s: float, path: str = '/') -> bytes | None:
     """The first bytes that a server answers on the connection `client` (borrowed). It takes `within_s` at most.
 
     b'': it closed the connection. None: it said nothing in time.
@@ -19,7 +41,7 @@ def ask(client: socket.socket, name: str, within_s: float) -> bytes | None:
 
     try:
         client.settimeout(within_s)  # of all of sendall()
-        client.sendall(b'GET / HTTP/1.0\r\nHost: %s.faas\r\n\r\n' % name.encode())
+        client.sendall(f'GET {path} HTTP/1.0\r\nHost: {name}.faas\r\n\r\n'.encode())
         heard = more = receive()
         client.shutdown(socket.SHUT_WR)
         while more and count < MOST_BYTES and time.monotonic() < deadline:  # to its end, or the server may complain

@@ -4,25 +4,44 @@ import collections
 import contextlib
 import os
 import socket
+from collections.abc import Iterable
 
 from handlers.containers.containers import Container
 from handlers.containers.logs import LogPipe
 from handlers.images.spec import candidates, signal_number
 from handlers.serving import injection, probe
 from handlers.serving.apart import is_empty
+from handlers.serving.healthcheck import MOST_S, Healthcheck, checked
 from handlers.serving.instance import TRANSITIONS, Handler, Instance, InstanceState, Revision, ServingMode
 from host.sock_diag import cookie
 
 CONTROL_ACCEPTS_PER_TURN, CONTROL_FLOOD_PAUSE_S = 64, 0.01  # of connections to the control socket
 ASKING_PART = 16  # of the connections that an instance may have: so many may wait for one at the control socket
 CONTROL_ERROR_PAUSE_S = 0.1  # out of descriptors: others get the time to close some
+IPV6_OPTIONS = {  # a program → what makes it listen on IPv6
+    'gunicorn': '--bind [::]:80 does',
+    'jupyter': '--ip=:: does',
+    'haproxy': 'bind [::]:80 does',
+    'next': 'HOSTNAME=:: does',
+    'http.server': '--bind :: does',
+    'hypercorn': '--bind [::]:80 does',
+    'nginx': 'listen [::]:80; does',
+}
 SETTLE_S = 0.3  # how long one that is tried may take until it listens on IPv6 as well, or ends
 PROBE_TIMEOUT_S = 5  # for the whole of it
 UNSIGNALLED_MAX_S = 10  # how long a program may finish what it holds before it gets its stop signal
 SIGNALLED_MIN_S = 2  # how long it has after the signal, if there is twice as much time
 STOP_POLL_S = 0.1
+READY_POLL_S = 0.1  # how often one that listens is asked whether it is ready
 CONTROL_PATH = '/control.sock'
 CLEAN_EXIT = 'ended with exit code 0'
+
+
+def ipv6_hint(args: Iterable[str]) -> str:
+    """How that program is told to listen on IPv6."""
+    words = ' '.join(args)
+    known = next((how for name, how in IPV6_OPTIONS.items() if name in words), '--host :: does')
+    return f'let it listen on [::], as {known}'
 
 
 class Program(Instance):
@@ -36,6 +55,8 @@ class Program(Instance):
         self._family = None
         self._asking = collections.deque()  # connections to /control.sock that wait for a descriptor
         self._inside = []  # where it listens, and that does not count
+        self._healthcheck: Healthcheck | None = None
+        self._answered, self._said = False, None  # whether it is ready, else what it answered
         self._handed, self._signalled, self._deadline = False, None, float('inf')
         self._patience_s = 0.0  # how long it has after the signal before it may be killed
 
@@ -83,43 +104,93 @@ class Program(Instance):
                 self._inside.append(where)
         elif self.mode is None and self.state == InstanceState.STARTING:
             before, self._family = self._family, family
-            if not self.trial:
-                self._is_up(ServingMode.LISTENING, f'port {where[1]}')
+            if not self.trial and not self.must_answer:
+                self._is_up(ServingMode.LISTENING, self._port(where[1]))
             elif before is None:
-                self._around.loop.later(SETTLE_S, self._settled, where)
+                self._around.loop.later(SETTLE_S if self.trial else 0, self._settled, where)
 
     def _settled(self, where):
         """It has not ended just after it began to listen, and what it listens on may have become better."""
-        if self.state == InstanceState.STARTING and self._family == socket.AF_INET:
+        if self.state != InstanceState.STARTING:
+            return
+        if self.must_answer and not self._answered:
+            if not self._around.apart.call(self.pool.name, self._ask, where, within_s=MOST_S):
+                self.kill('keeps faasd waiting')
+        elif self.trial and self._family == socket.AF_INET:
             if not self._around.apart.call(self.pool.name, self._probe, where):
                 self.kill('keeps faasd waiting')
-        elif self.state == InstanceState.STARTING:
-            self._is_up(ServingMode.LISTENING, f'port {where[1]}')
+        else:
+            self._is_up(ServingMode.LISTENING, self._port(where[1]))
 
-    def _probe(self, where):
-        """In a thread of its own: does it talk to IPv6 clients, though it made an IPv4 socket?"""
-        loop, heard = self._around.loop, None
-        with contextlib.suppress(OSError), socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as client:
+    def _is_up(self, mode, description):
+        super()._is_up(mode, description)
+        if check := self.revision.spec.healthcheck:
+            self._healthcheck = Healthcheck(self._around, self.pool.name, self._container, check, self.kill)
+
+    def _exited(self):
+        if self._healthcheck:
+            self._healthcheck.end()
+        super()._exited()
+
+    @property
+    def must_answer(self) -> str | None:
+        spec = self.revision.spec
+        return spec.settings.get('ready') or ('HEALTHCHECK' if spec.healthcheck else None)
+
+    def _ask(self, where):
+        """In a thread of its own: does it answer as one that is ready does?"""
+        said, container = 'no connection', self._container
+        if self.must_answer == 'HEALTHCHECK':
+            said = container and checked(self._around, container, self.revision.spec.healthcheck)
+            return self._around.loop.call(self._asked_it, where, said)
+        with contextlib.suppress(OSError), self._client() as client:
+            said = probe.readiness(client, self.pool.name, self.must_answer, PROBE_TIMEOUT_S)
+        self._around.loop.call(self._asked_it, where, said)
+
+    def _asked_it(self, where, said):
+        self._answered, self._said = said is None, said
+        self._around.loop.later(0 if self._answered else READY_POLL_S, self._settled, where)
+
+    def _client(self):
+        """A connection to the instance, whoever serves the address. Raises OSError."""
+        client = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+        try:
             client.settimeout(PROBE_TIMEOUT_S)
             client.bind((self._around.gateway, 0))
             end, port = client.getsockname()[0], client.getsockname()[1]
             end = int.from_bytes(socket.inet_pton(socket.AF_INET6, end)[-4:], 'big')
-            client.connect((loop.wait(self.pool.steer_probe, self, end, port), 80))
+            client.connect((self._around.loop.wait(self.pool.steer_probe, self, end, port), 80))
+            return client
+        except BaseException:
+            client.close()
+            raise
+
+    def _port(self, port):
+        """'port 8000', or of several that the image names: 'port 80 → 8000 (of 8000, 9000)'."""
+        ports = self.revision.spec.ports
+        return f'port {port}' if len(ports) < 2 else f'port 80 → {port} (of {", ".join(map(str, ports[:9]))})'
+
+    def _probe(self, where):
+        """In a thread of its own: does it talk to IPv6 clients, though it made an IPv4 socket?"""
+        heard = None
+        with contextlib.suppress(OSError), self._client() as client:
             heard = probe.ask(client, self.pool.name, PROBE_TIMEOUT_S)
-        loop.call(self._probed, where, heard)
+        self._around.loop.call(self._probed, where, heard)
 
     def _probed(self, where, heard):
         if self.state != InstanceState.STARTING:
             return
         text = f'it listens on {where[0]} port {where[1]}, for IPv4 alone'
-        hint = 'let it listen on [::], as --host :: does'
+        hint = ipv6_hint(self.revision.spec.args)
         if heard == b'':
             return self.kill(f'{text}, and closes the connections of IPv6 clients, of which all are', hint)
         self.warning, self.hint = f'{text}: it works, but sees wrong client addresses', hint
-        self._is_up(ServingMode.LISTENING, f'port {where[1]}')
+        self._is_up(ServingMode.LISTENING, self._port(where[1]))
 
     def _not_up(self):
         reason, hint = super()._not_up()
+        if self._said:
+            return f'{reason}: it listens, and its readiness ({self.must_answer}) got: {self._said}', hint
         if not self._inside:
             return f'{reason}: it has neither listened on a port nor connected to {CONTROL_PATH}', hint
         places = ', '.join(f'{address} port {port}' for address, port in self._inside)

@@ -103,8 +103,12 @@ class Rollout:
             self._group.remove_next(successor.listener)  # both are handed what faasd accepts: the current one stays
             own = False
         if former is None:
-            if own:
+            if own and not successor.must_answer:
                 raise OwnerError('nobody would serve what waits at the listener of an instance that has ended')
+            if own and listens:
+                self._group.take_over(successor.listener)
+            elif own:
+                self._group.remove_next(successor.listener)
             self.phase = Phase.DONE
         elif not own and not former.listens_itself:
             former.stop(KEEPALIVE_IDLE_S, within_s)
