@@ -4,23 +4,21 @@ import base64
 import contextlib
 import hashlib
 import http.client
-import io
 import json
 import os
 import shutil
 import signal
 import subprocess
-import tarfile
 import tempfile
 import threading
 import unittest
-import zipfile
 
 from control.builds import place
 from handlers.containers.building import BuildFailed, collect
 from handlers.images import builders
 from handlers.images.spec import Spec
 from tests import lab, serving
+from tests.wheels import npm_package, wheel
 
 GREETS = 'def greet():\n    return "hello from a package"\n'
 ASKS = """
@@ -75,31 +73,6 @@ for place, port in [%s]:
     except OSError as error:
         print('refused', place, port)
 """
-
-
-def wheel(name, version, files, more=''):
-    """(its file name, a wheel)."""
-    info = f'{name}-{version}.dist-info'
-    files = files | {
-        f'{info}/METADATA': f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{more}',
-        f'{info}/WHEEL': 'Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n',
-    }
-    files[f'{info}/RECORD'] = ''.join(f'{each},,\n' for each in [*files, f'{info}/RECORD'])
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, 'w') as pack:
-        for path, text in files.items():
-            pack.writestr(path, text)
-    return f'{name}-{version}-py3-none-any.whl', out.getvalue()
-
-
-def npm_package(name, version, script):
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode='w:gz') as tar:
-        for path, text in {'package.json': json.dumps({'name': name, 'version': version}), 'index.js': script}.items():
-            info = tarfile.TarInfo(f'package/{path}')
-            info.size = len(text)
-            tar.addfile(info, io.BytesIO(text.encode()))
-    return out.getvalue()
 
 
 HANDLER = Spec('handler')
