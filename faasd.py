@@ -31,6 +31,7 @@ from control.events import Events, Refusals, attempt
 from control.functions import Functions
 from control.health import Health, Problems
 from control.monitor import CLOSELY_S, Check, Monitor
+from control.mounts import Mounts
 from control.peers import Peers
 from control.projection import Projection
 from control.repairs import Repairs
@@ -41,10 +42,12 @@ from control.server import Limits as ServerLimits
 from control.settings import read_settings
 from control.storage import Storage
 from control.supervisor import Supervisor
+from control.volumes import Volumes
 from handlers.containers.building import BuildLimits, Workshop
 from handlers.containers.containers import Containers
 from handlers.containers.limits import Limits
 from handlers.containers.logs import LogCopier
+from handlers.containers.private import Private
 from handlers.images.layers import Layers
 from handlers.serving.apart import Apart
 from handlers.serving.injection import Injector
@@ -213,7 +216,9 @@ class Daemon:
         self.egress = Egress(
             settings['nft_table'], settings['egress_ipv4'], registry.GATEWAY, registry.ZONE_SERVER, self._emit
         )
-        self._storage.add([self.secrets.folder])
+        self.volumes = Volumes(f'{STATE}/volumes', RUN, self._emit)
+        self.volumes.thaw()  # before the instances of a killed faasd are: a write that waits cannot be
+        self._storage.add([self.secrets.folder, self.volumes.folder])
         self.containers = Containers(
             f'faas-{self.registry.instance}',
             Limits(settings['memory'], settings['pids'], settings['cpus']),
@@ -223,9 +228,11 @@ class Daemon:
             settings['runtime'],
             layers_base,
             Limits(settings['memory_max'], settings['pids_max'], settings['cpus_max']),
-            self.secrets,
+            Private(f'{RUN}/private', self.secrets, settings['mounts']),
+            self.volumes,
             self.egress,
         )
+        self.volumes.holders = self.containers.volume_holders
         self._undo.callback(self.containers.close)
         live = {function.name: function.revision for function in self.registry.functions()}
         return self.containers.prepare(lambda record: live.get(record['function']) == record['revision'])
@@ -291,12 +298,14 @@ class Daemon:
             self.registry,
             self.revisions,
             self.addresses,
-            self.containers.bounds,
+            self.containers,
             self.secrets,
+            self.volumes,
             self.builds,
             settings['max_upload'],
             self._emit,
         )
+        self.volumes.wanted = self.deployments.wanted
         self._undo.callback(lambda: self.functions.close(self._handover))
         self.addresses.sync()
         self.functions.open_all(left)
@@ -319,7 +328,7 @@ class Daemon:
 
     def _start_api(self) -> None:
         health = Health(self._problems, self._events, self.functions.list, self.guard.kind)
-        verbs = Verbs(self.functions, self.deployments, self.secrets, self.peers, health, self.refusals)
+        verbs = Verbs(self.functions, self.deployments, self.volumes, self.peers, health, self.refusals)
         self._undo.callback(self.refusals.tell)
         sock = unix_socket(f'{RUN}/faasd.sock')
         self._undo.callback(files.remove_file, f'{RUN}/faasd.sock')
@@ -384,6 +393,7 @@ class Daemon:
             Check('registry', self._storage.look_after_registry, CLOSELY_S),
             Check('disk', self._storage.look_at_disks, DISK_LOOK_S),
             Check('copy', self.registry.copy_daily, COPY_LOOK_S),
+            Check('mounts', Mounts(self.functions, self.deployments, self._emit).look, CLOSELY_S),
             Check('listener', self.functions.open_others, CLOSELY_S),
             Check('dns', self.supervisor.look_after_coredns),
             Check('enroll', self.enroll.adjust),

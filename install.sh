@@ -166,6 +166,10 @@ install_all() {
 
 start() {                                           # start INTERFACE-BEFORE
     wg=$(interface)
+    # Makes the key of the host for secrets, if there is none: the unit sees its folder read-only.
+    if command -v systemd-creds >/dev/null; then
+        systemd-creds setup >/dev/null 2>&1 || say 'systemd-creds has no key of the host: secrets are not encrypted'
+    fi
     systemctl daemon-reload
     if [ -n "$1" ] && [ "$1" != "$wg" ]; then
         systemctl disable --quiet --now "wg-quick@$1.service" || true

@@ -20,6 +20,7 @@ from typing import Any
 from control.access import Caller, may
 from control.body import Body, RequestError, json_object
 from control.deployments import Change
+from control.volume_verbs import VolumeVerbs
 from handlers.containers.building import BuildFailed
 from handlers.serving.instance import StartFailed
 from host.errors import FaasError
@@ -35,7 +36,7 @@ VERB_HINTS = {
 }
 
 
-class ControlAPI(http.server.BaseHTTPRequestHandler):
+class ControlAPI(VolumeVerbs, http.server.BaseHTTPRequestHandler):
     """One connection. The server says who asks, and which verbs there are."""
 
     protocol_version = 'HTTP/1.1'
@@ -56,6 +57,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         ('GET', '/api/secret'): 'secrets',
         ('POST', '/api/secret/*'): 'set_secret',
         ('DELETE', '/api/secret/*'): 'remove_secret',
+        **VolumeVerbs.VOLUME_ROUTES,
         ('POST', '/api/vpn/create'): 'vpn_create',
         ('POST', '/api/vpn/invite'): 'vpn_invite',
         ('GET', '/api/vpn/list'): 'vpn_list',
@@ -204,6 +206,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
             change=change_of(self._query.get('config', '{}').encode()),
             is_wanted=self._client_is_there,
             stop_reading=self._stop_reading,
+            may_mount=may(caller, 'mount'),
             tell=self._tell if self.headers.get('Accept') == LINES else lambda data: None,
             needs=self._query.get('needs', '').split(','),
             by=str(caller),
@@ -266,7 +269,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         change = change_of(self._body.whole())
         self._deadline.cancel()
         answer = self.server.verbs.deployments.configure(
-            name, change, is_wanted=self._client_is_there, by=str(caller)
+            name, change, is_wanted=self._client_is_there, may_mount=may(caller, 'mount'), by=str(caller)
         )
         self._json(answer)
 

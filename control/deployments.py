@@ -11,7 +11,9 @@ from control.functions import Ending, Functions
 from control.projection import Projection
 from control.revisions import Revisions
 from control.secrets import SecretInUse, Secrets, users
-from handlers.containers.limits import Bounds
+from control.volumes import Volumes
+from handlers.containers.containers import Containers
+from handlers.containers.private import MountRefused
 from handlers.images import wants
 from handlers.images.spec import Spec
 from handlers.images.staging import Staging
@@ -59,14 +61,16 @@ class Deployments:
         known: registry.Registry,
         revisions: Revisions,
         addresses: Projection,
-        bounds: Bounds,
+        containers: Containers,
         secrets: Secrets,
+        volumes: Volumes,
         builds: Builds,
         max_upload: int,
         emit: Emit,
     ) -> None:
         self._functions, self._registry, self._revisions, self._addresses = functions, known, revisions, addresses
-        self._bounds, self._secrets, self._builds = bounds, secrets, builds
+        self._bounds, self._private = containers.bounds, containers.private
+        self._secrets, self._volumes, self._builds = secrets, volumes, builds
         self._max_upload, self._emit = max_upload, emit
 
     # Verbs
@@ -82,6 +86,7 @@ class Deployments:
         change: 'Change | None' = None,
         is_wanted: Callable[[], bool] = lambda: True,
         stop_reading: Callable[[], None] = lambda: None,
+        may_mount: bool = False,
         tell: Callable[[bytes], object] = lambda data: None,
         needs: Iterable[str] = (),
         by: str,
@@ -89,8 +94,9 @@ class Deployments:
         """Deploy the archive that read(n) gives as `name`: `length` bytes, or all bytes when that is None.
 
         `reference` says which of several images, `source` what the archive was made from, `change` what else the
-        function wants from now on, `by` who asks. The former revision serves until the new one is ready. When
-        is_wanted() says that nobody waits for the answer any more, all is undone.
+        function wants from now on, `may_mount` whether it may have folders of the server, `by` who asks. The former
+        revision serves until the new one is ready. When is_wanted() says that nobody waits for the answer any more, all
+        is undone.
         stop_reading() is called when faasd ends. read() must end then, also one that is under way. tell() is given the
         output of a build. `needs` are programs that a build will need.
         """
@@ -107,7 +113,7 @@ class Deployments:
             def put(function: registry.Function, number: int) -> None:
                 staging.keep(self._revisions.folder(function, number))
 
-            started = self._start(name, source, change or Change(), put, is_wanted)
+            started = self._start(name, source, change or Change(), put, is_wanted, may_mount)
         return self._serve(*started, 'Deployed', f'by {by}')
 
     def remove(self, name: str, by: str) -> None:
@@ -115,23 +121,31 @@ class Deployments:
         self._functions.remove(name, by)
         self._builds.forget(name)
 
-    def configure(self, name: str, change: 'Change', *, is_wanted: Callable[[], bool] = lambda: True, by: str) -> dict:
+    def configure(
+        self,
+        name: str,
+        change: 'Change',
+        *,
+        is_wanted: Callable[[], bool] = lambda: True,
+        may_mount: bool = False,
+        by: str,
+    ) -> dict:
         """Change what a function wants: a new revision with the same code. Returns what deploy() does.
 
         Raises NotFound; BadWant.
         """
         if change.of(self._registry.function(name).config) == self._registry.function(name).config:
             raise wants.BadWant('nothing would change', f"'faas config {name}' shows what is set")
-        return self._same_code(name, change, is_wanted, 'Configured', f'by {by}')
+        return self._same_code(name, change, is_wanted, may_mount, 'Configured', f'by {by}')
 
     def redeploy(self, name: str, why: str) -> dict:
         """Put a new revision with the same code and the same wants in the place of the live one. Raises NotFound."""
-        return self._same_code(name, Change(), lambda: True, 'Redeployed', f'since {why}')
+        return self._same_code(name, Change(), lambda: True, True, 'Redeployed', f'since {why}')
 
     # Secrets
 
     def set_secret(self, name: str, value: bytes, by: str) -> dict:
-        """Keep a secret, and redeploy who wants it: {'changed', 'redeployed': [NAME], 'failed': [NAME: why]}.
+        """Keep a secret, and redeploy who wants it: {'changed', 'encrypted', 'redeployed': [NAME], 'failed': [TEXT]}.
 
         Raises FaasError, OSError.
         """
@@ -147,7 +161,10 @@ class Deployments:
             except (FaasError, OSError) as error:  # it goes on with the former value
                 failed.append(f'{function}: {error}')
                 self._emit('secret', f'{function} goes on without the new value of {name}: {error}', problem=True)
-        return {'changed': changed, 'redeployed': redeployed, 'failed': failed}
+        if not failed:
+            self._secrets.given(name)
+        encrypted = self._secrets.is_encrypted(name)
+        return {'changed': changed, 'encrypted': encrypted, 'redeployed': redeployed, 'failed': failed}
 
     def remove_secret(self, name: str, by: str) -> None:
         """Raises NoSecret, SecretInUse."""
@@ -165,19 +182,14 @@ class Deployments:
         ]
 
     def _users(self, name: str) -> list[str]:
-        wanted = []
-        for function in self._registry.functions():
-            with contextlib.suppress(FaasError):  # one that cannot be read wants nothing until it is deployed again
-                spec = self._revisions.effective(self._described(function), function.config)
-                wanted.append((function.name, spec.settings))
-        return users(name, wanted)
+        return users(name, ((function, spec.settings) for function, spec in self.wanted()))
 
     def _same_code(
-        self, name: str, change: 'Change', is_wanted: Callable[[], bool], verb: str, more: str
+        self, name: str, change: 'Change', is_wanted: Callable[[], bool], may_mount: bool, verb: str, more: str
     ) -> dict:
         function = self._registry.function(name)
         with self._functions.changes.one():
-            started = self._start(name, function.source, change, self._revisions.copy, is_wanted)
+            started = self._start(name, function.source, change, self._revisions.copy, is_wanted, may_mount)
         return self._serve(*started, verb, more)
 
     # Steps
@@ -212,7 +224,8 @@ class Deployments:
         change: 'Change',
         put: Callable[[registry.Function, int], None],
         is_wanted: Callable[[], bool],
-    ) -> tuple[registry.Function, int, Pool, Instance]:
+        may_mount: bool,
+    ) -> tuple[registry.Function, int, Pool, Instance, dict[str, bytes]]:
         """Commit a revision whose files put() makes, and start its first instance. All is undone if that fails."""
         with contextlib.ExitStack() as steps:
             steps.callback(attempt, self._emit, self._addresses.sync)
@@ -226,7 +239,12 @@ class Deployments:
             put(function, number)
             revision = self._revisions.load(function, number, config)
             self._bounds.check(revision.spec)
-            self._secrets.check(revision.spec.settings)
+            given = self._secrets.check(revision.spec.settings)
+            if revision.spec.settings.get('mounts') and not may_mount:
+                hint = "on the server, with sudo; 'faas config' shows what the function asks for"
+                raise MountRefused('only root deploys what asks for folders of the server (mounts)', hint)
+            self._private.check(revision.spec)
+            steps.callback(self._volumes.prepare(name, revision.spec))
             pool = self._functions.pool_for(function, steps)
             instance = self._up(pool, revision, is_wanted)
             steps.callback(pool.discard, instance)
@@ -234,7 +252,7 @@ class Deployments:
                 raise ConnectionAbortedError
             self._registry.commit_revision(function, number, config)
             steps.pop_all()
-            return function, number, pool, instance
+            return function, number, pool, instance, given
 
     def _up(self, pool: Pool, revision: Revision, is_wanted: Callable[[], bool]) -> Instance:
         """An instance that is ready. Raises Ending soon when faasd ends, and what Pool.start does."""
@@ -246,9 +264,16 @@ class Deployments:
             raise
 
     def _serve(
-        self, function: registry.Function, number: int, pool: Pool, instance: Instance, verb: str, more: str
+        self,
+        function: registry.Function,
+        number: int,
+        pool: Pool,
+        instance: Instance,
+        given: dict[str, bytes],
+        verb: str,
+        more: str,
     ) -> dict:
-        """Have the instance serve. Returns the answer."""
+        """Have the instance serve, which was `given` these secrets. Returns the answer."""
         pool.cut_over(instance)
         name = function.name
         spec = instance.revision.spec
@@ -256,6 +281,8 @@ class Deployments:
         warnings += [instance.warning, self._functions.publish(function)]
         text = f'{verb} {name} at {function.ipv6}, revision {number} ({instance.description}), {more}'
         self._emit('handler', text, name=name)
+        if self._secrets.check(instance.revision.spec.settings) != given:  # it was not among the users then
+            return self.redeploy(name, 'a secret has changed')
         return {
             'name': name,
             'ipv6': function.ipv6,
@@ -301,6 +328,15 @@ class Deployments:
             'limits': self._bounds.of(spec)._asdict(),
             'instances': self._functions.instances(function),
         }
+
+    def wanted(self) -> list[tuple[str, Spec]]:
+        """[(name, Spec)] of the live functions. One that cannot be read wants nothing until it is deployed again."""
+        found = []
+        for function in self._registry.functions():
+            with contextlib.suppress(FaasError):
+                spec = self._revisions.effective(self._described(function), function.config)
+                found.append((function.name, spec))
+        return found
 
     def _described(self, function: registry.Function) -> Spec:
         try:

@@ -279,6 +279,14 @@ class Functions:
             for instance in (pool.instances if pool else ())
         ]
 
+    def changed_mounts(self) -> dict[str, set[tuple]]:
+        """{function: {(path, device, inode)}} of the folders of the host that its instance sees a former one of."""
+        found = {}
+        for function, pool in list(self._open_now.values()):
+            if folders := {each for instance in pool.instances for each in instance.changed_mounts()}:
+                found[function.name] = folders
+        return found
+
     def list(self) -> list[dict]:
         answer = []
         for function in self._registry.functions():

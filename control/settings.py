@@ -10,6 +10,7 @@ from typing import Any
 from control.events import printable
 from handlers.containers.bundle import ID_RANGE
 from handlers.containers.containers import ID_SLOTS
+from handlers.containers.private import read_places
 from handlers.images import wants
 from handlers.images.wants import to_bytes
 from host.errors import FaasError, StartError
@@ -82,6 +83,7 @@ SETTINGS = {  # name: (default, parser); docs/API.md has the same table, a test 
     'FAAS_MEMORY_MAX': ('0', at_most(to_bytes, MACHINE_MEMORY)),
     'FAAS_PIDS_MAX': ('16384', number(int, 8, 1 << 20)),
     'FAAS_CPUS_MAX': ('0', at_most(float, os.cpu_count())),
+    'FAAS_MOUNTS': ('', read_places),
     'FAAS_EGRESS': ('', lambda text: wants.egress(wants.read_list(text))),
     'FAAS_EGRESS_IPV4': ('198.18.0.0/16', ipv4_network),
     'FAAS_BUILD_MEMORY': ('1G', number(to_bytes, 64 << 20, 1 << 50)),

@@ -243,11 +243,13 @@ class Egress:
             links, changes = list(self._links.values()), self._changes
         if not self._loaded or not links:
             return False
-        whole = self._is_whole(links) and set(local_networks()) == set(self._local)  # no start waits for that
+        whole, moved = self._is_whole(links), local_networks() != self._local  # no start of an instance waits for that
         with self._lock:
-            if whole or changes != self._changes:  # of what we change the kernel tells, too: this comes again
+            if changes != self._changes or whole and not moved:  # of what we change the kernel tells, too
                 return True
             self.load()
+            if whole:
+                return True
         raise EgressError('the nftables table of egress was changed by somebody: it is loaded again')
 
     def _is_whole(self, links):
@@ -351,11 +353,11 @@ def expected_counts(text: str) -> dict[str, int]:
 
 
 def local_networks() -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
-    """The networks in which this host has an address, but for those of veths, and host routes of its own."""
+    """The public networks in which this host has an address. The others are never the internet."""
     networks = set()
     for link in json.loads(process.run(['ip', '-j', 'address']).stdout or '[]'):
         for info in link.get('addr_info', ()):
-            if not str(link.get('ifname')).startswith(egress_rules.LINKS):
+            if egress_rules.is_public(ipaddress.ip_address(info['local'])):
                 networks.add(ipaddress.ip_network(f'{info["local"]}/{info["prefixlen"]}', strict=False))
     return sorted(networks, key=str)
 

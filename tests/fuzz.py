@@ -138,7 +138,8 @@ def files(make):
             with contextlib.suppress(vpn_manager.VPNError):
                 vpn_manager.split_endpoint(make.text('[fd00::1]:51820'), 1)
             with contextlib.suppress(settings.BadSettings):
-                write('env', make.bytes(b'FAAS_MEMORY=1G\n# x\nFAAS_ENROLL_BIND=[::]:5\nFAAS_CPUS=0.5\n'))
+                lines = b'FAAS_MEMORY=1G\n# x\nFAAS_ENROLL_BIND=[::]:5\nFAAS_CPUS=0.5\nFAAS_MOUNTS=/srv/a:rw /mnt/b\n'
+                write('env', make.bytes(lines))
                 settings.read_settings({}, 'env')
             write('resolv.conf', make.bytes(b'nameserver 192.0.2.1\noptions edns0\nnameserver fe80::1%eth0\n'))
             with mock.patch.object(dns_manager, 'query', side_effect=TimeoutError):
@@ -339,7 +340,8 @@ class Api:
             f'/api/logs/{make.choice(names)}?lines={make.choice(["1", "-1", "9" * 9, "²"])}',
             f'/api/remove/{make.choice(names[2:])}', f'/api/vpn/remove/{make.choice(names[2:])}',
             '/api/vpn/create', '/api/vpn/invite', '/api/vpn/list', '/', '*',
-            f'/api/new?name={make.choice(names)}&from=x',
+            f'/api/new?name={make.choice(names)}&from=x', '/api/secret', f'/api/secret/{make.choice(names)}',
+            f'/api/config/{make.choice(names)}', f'/api/describe/{make.choice(names)}',
         ])  # fmt: skip
         body = json.dumps(make.fields(make.choice([
             {'name': make.choice(TEXTS), 'public_key': make.choice([CONFIG['public_key'], 'x'])},

@@ -2,7 +2,9 @@
 
 import os
 import pathlib
+import random
 import tempfile
+import threading
 import unittest
 import unittest.mock
 
@@ -32,11 +34,13 @@ class Store(unittest.TestCase):
 
     def test_values_are_kept_in_files_that_root_alone_reads(self):
         with self.without_creds():
-            self.assertTrue(self.store.set('KEY', b'\0\xff value'))
-            self.assertFalse(self.store.set('KEY', b'\0\xff value'))
+            self.assertTrue(self.store.set('KEY', b'\0\xff\n value'))
+            self.store.given('KEY')
+            self.assertFalse(self.store.set('KEY', b'\0\xff\n value'))
         again = secrets.Secrets(self.store.folder)
-        self.assertEqual(b'\0\xff value', again.get('KEY'))
+        self.assertEqual(b'\0\xff\n value', again.get('KEY'))
         self.assertEqual(['KEY'], list(again.names()))
+        self.assertFalse(again.is_encrypted('KEY'))
         self.assertEqual(0o600, os.stat(f'{self.store.folder}/KEY').st_mode & 0o777)
         self.assertEqual(0o700, os.stat(self.store.folder).st_mode & 0o777)
         again.remove('KEY')
@@ -45,7 +49,7 @@ class Store(unittest.TestCase):
         self.assertIn('faas secret set KEY', caught.exception.hint)
 
     def test_names_that_are_paths_or_too_long_are_refused(self):
-        for name in ('', '.', '..', '../x', 'a/b', '-x', 'x' * 65, 'a\nb', 'x.cred', 'ü'):
+        for name in ('', '.', '..', '../x', 'a/b', '-x', 'x' * 65, 'a\nb', '.KEY', 'KEY\n', 'ü'):
             with self.subTest(name), self.assertRaises(FaasError):
                 self.store.set(name, b'x')
             with self.subTest(name), self.assertRaises(secrets.NoSecret):
@@ -54,6 +58,35 @@ class Store(unittest.TestCase):
             with self.assertRaises(wants.BadWant):
                 self.store.set('KEY', value)
         self.assertEqual([], os.listdir(self.store.folder))
+
+    def test_no_name_leads_out_of_the_folder(self):
+        made = random.Random(12)
+        with self.without_creds():
+            for _ in range(2000):
+                name = ''.join(made.choices('aZ9._-/\\\0\n\u00e9\ud800 ~*%$', k=made.randrange(1, 5)))
+                try:
+                    self.store.set(name, b'x')
+                except FaasError:
+                    continue
+                self.assertRegex(name, r'^[aZ9]([aZ9._-]*[aZ9])?\Z')
+                self.assertIn(name, os.listdir(self.store.folder))
+        self.assertGreater(len(self.store.names()), 10)
+        self.assertEqual(['secrets'], os.listdir(self.folder))
+
+    def test_the_same_value_is_set_again_until_all_functions_have_it(self):
+        with self.without_creds():
+            self.store.set('KEY', b'x')
+            again = secrets.Secrets(self.store.folder)  # faasd was killed before it could redeploy them
+            self.assertTrue(again.set('KEY', b'x'))
+            again.given('KEY')
+            self.assertFalse(again.set('KEY', b'x'))
+
+    def test_without_a_key_it_is_plain(self):
+        """With a systemd-creds that fails."""
+        with unittest.mock.patch.dict(os.environ, SYSTEMD_CREDENTIAL_SECRET='/proc/none/key'):
+            self.store.set('KEY', b'value')
+        self.assertFalse(self.store.is_encrypted('KEY'))
+        self.assertEqual(b'value', secrets.Secrets(self.store.folder).get('KEY'))
 
     def test_what_cannot_be_a_variable_is_refused(self):
         with self.without_creds():
@@ -70,13 +103,40 @@ class Store(unittest.TestCase):
         programs.find('systemd-creds')
         with unittest.mock.patch.dict(os.environ, SYSTEMD_CREDENTIAL_SECRET=f'{self.folder}/key'):
             self.store.set('KEY', b'\0\xff value')
-            data = pathlib.Path(self.store.folder, 'KEY.cred').read_bytes()
-            self.assertNotIn(b'value', data)
+            self.assertTrue(self.store.is_encrypted('KEY'))
+            self.assertNotIn(b'value', pathlib.Path(self.store.folder, 'KEY').read_bytes())
             again = secrets.Secrets(self.store.folder)
             self.assertEqual(b'\0\xff value', again.get('KEY'))
-            os.rename(f'{self.store.folder}/KEY.cred', f'{self.store.folder}/OTHER.cred')
+            os.rename(f'{self.store.folder}/KEY', f'{self.store.folder}/OTHER')
             with self.assertRaisesRegex(FaasError, 'systemd-creds decrypt failed for the secret OTHER'):
                 secrets.Secrets(self.store.folder).get('OTHER')
+
+
+# crun keeps a copy of the configuration beside the state of a container; this is runc, and does so.
+CRUN = """#!/bin/sh
+root=$2
+runc "$@" || exit
+bundle=$(echo "$@" | sed -n 's/.*--bundle \\([^ ]*\\) .*/\\1/p')
+for ident; do :; done
+[ -z "$bundle" ] || cp "$bundle/config.json" "$root/$ident/config.json"
+"""
+
+
+@lab.needs_root
+class OtherRuntime(unittest.TestCase):
+    def test_what_crun_keeps_has_no_value(self):
+        host = self.enterContext(lab.Host('server'))
+        host.path('/usr/local/bin/crun').write_text(CRUN)
+        host.sh('chmod 755 /usr/local/bin/crun')
+        server = self.enterContext(serving.standalone(host, FAAS_RUNTIME='crun'))
+        value = os.urandom(12).hex()
+        server.api('POST', '/api/secret/KEY', value.encode())
+        files = {'handler.py': READS, 'faas.toml': 'secrets = ["KEY"]\n[env]\nTOKEN = { secret = "KEY" }\n'}
+        ipv6 = server.deploy('reads', files).json['ipv6']
+        self.assertEqual(f'{value} {value} 400 0', server.get(ipv6))
+        self.assertEqual('1', host.sh('ls /run/faasd/crun/*/config.json | wc -l').strip())
+        itself = f'{value[:-1]}[{value[-1]}]'
+        self.assertEqual('', host.sh(f'grep -rlas "{itself}" /run; true'))
 
 
 @lab.needs_root
@@ -116,18 +176,52 @@ class Given(unittest.TestCase):
         for value in (first, second):
             self.assertNotIn(value, said)
             itself = f'{value[:-1]}[{value[-1]}]'  # not found in the arguments of grep
-            found = self.host.sh(
-                f'grep -rlas "{itself}" /var/lib/faasd /etc/coredns /etc/wireguard /tmp /proc/[0-9]*/cmdline; '
-                f'grep -rlas "{itself}" /run | grep -v "^/run/faasd/instances/[^/]*/secrets/KEY$"; true'
-            )
-            self.assertEqual('', found)
-        holders = self.host.sh(f'grep -las "{itself}" /proc/[0-9]*/environ; true').split()
-        for path in holders:
-            pid = path.split('/')[2]
-            self.assertNotIn('faasd.py', self.host.sh(f'tr "\\0" " " </proc/{pid}/cmdline'))
+            places = '/var/lib/faasd /var/log /etc /run /tmp /proc/[0-9]*/cmdline'
+            self.assertEqual('', self.host.sh(f'grep -rlas "{itself}" {places}; true'))
+            for path in self.host.sh(f'grep -las "{itself}" /proc/[0-9]*/environ; true').split():
+                self.assertIn('/faas-', self.host.sh(f'cat {path.replace("environ", "cgroup")}'))
+        # A secret takes the place of a text, wherever both are from.
+        text = self.server.deploy('reads', {**files, 'faas.toml': 'secrets = ["KEY"]\n[env]\nTOKEN = "text"\n'}).json
+        self.assertEqual(f'{second} text 400 0', self.server.get(text['ipv6']))
+        self.faas('config', 'reads', '--set', 'env.TOKEN.secret=KEY')
+        self.assertEqual(f'{second} {second} 400 0', self.server.get(text['ipv6']))
+        one = 'tr "\\0" "\\n" <"$each" | grep -c ^TOKEN='
+        counts = self.host.sh(f'for each in $(grep -las TOKEN= /proc/[0-9]*/environ); do {one}; done; true').split()
+        self.assertEqual({'1'}, set(counts) - {'0'})
         self.faas('rm', 'reads', '--yes')
         self.assertEqual('Removed KEY\n', self.faas('secret', 'rm', 'KEY').stdout)
         self.assertEqual('No secrets yet.', self.faas('secret', 'list').stdout.splitlines()[0])
+
+    def test_a_deploy_beside_a_change_ends_with_the_new_value(self):
+        self.server.api('POST', '/api/secret/BESIDE', b'former')
+        source = 'import os, time\nprint("begins", flush=True)\ntime.sleep(0.7)\n'
+        source += 'def app(e, s):\n    s("200 OK", [])\n    return [os.environ["V"].encode()]\n'
+        files = {'handler.py': source, 'faas.toml': '[env]\nV = {secret = "BESIDE"}\n'}
+        replies = []
+        deploy = threading.Thread(target=lambda: replies.append(self.server.deploy('beside', files)))
+        deploy.start()
+        try:
+            logs = '/var/lib/faasd/functions/*/log'
+            lab.wait_until(lambda: 'begins' in self.host.sh(f'cat {logs} 2>/dev/null; true'), 10, 'its start')
+            self.assertEqual([], self.server.api('POST', '/api/secret/BESIDE', b'new').json['redeployed'])
+        finally:
+            deploy.join(30)
+        self.assertEqual((200, 2), (replies[0].status, replies[0].json['revision']), replies[0].body)
+        self.assertEqual('new', self.server.get(replies[0].json['ipv6']))
+
+    def test_what_the_api_refuses(self):
+        before = self.server.api('GET', '/api/secret').json
+        for name in ('..', '%2e%2e', '.KEY', 'a%00', 'a%0a', 'x' * 65, '%c3%bc', '-'):
+            with self.subTest(name):
+                self.assertEqual(400, self.server.api('POST', f'/api/secret/{name}', b'x').status)
+                self.assertEqual(404, self.server.api('DELETE', f'/api/secret/{name}').status)
+        for value, status in ((b'', 400), (bytes(secrets.MOST_VALUE + 1), 413)):
+            self.assertEqual(status, self.server.api('POST', '/api/secret/NEW', value).status)
+        self.assertEqual(before, self.server.api('GET', '/api/secret').json)
+        biggest = os.urandom(secrets.MOST_VALUE)
+        self.assertEqual(200, self.server.api('POST', '/api/secret/NEW', biggest).status)
+        self.assertEqual(405, self.server.api('GET', '/api/secret/NEW').status)
+        self.assertEqual(200, self.server.api('DELETE', '/api/secret/NEW').status)
 
     def test_an_image_and_its_user(self):
         busybox = 'busybox', programs.static_busybox().read_bytes(), {'mode': 0o755}

@@ -34,6 +34,7 @@ class Settings(unittest.TestCase):
             ('FAAS_DNS_FORWARD', ('8.8.8.8 }', 'dns.example.com')),
             ('FAAS_VPN_ENDPOINT', ('a b', 'http://x/', '[::1', 'x:99999')),
             ('FAAS_ENROLL_BIND', ('[::]:x', ':::51820:')),
+            ('FAAS_MOUNTS', ('/', 'run/x', '/run/faasd', '/srv/../etc', '/srv:x')),
             ('FAAS_ID_BASE', ('0', '2147483647')),
         ):
             for value in values:

@@ -167,7 +167,7 @@ class Workshop:
 
     def _add_disk(self, config, users):
         """Have the container see the disk, with root's files there as its own; nobody answers its listen() calls."""
-        rootfs.mount_mapped(self._disk, self._inside, users, writable=True)
+        rootfs.map_ids(self._disk, self._inside, users, rootfs.MOUNT_ATTR_NOSUID)
         places = {'/function': 'function', '/tmp': 'tmp', CACHE: 'cache'}
         config['mounts'] = [each for each in config['mounts'] if each['destination'] not in places]
         for place, folder in places.items():

@@ -215,11 +215,11 @@ def tmpfs(where: str, size: str, mode: str, *more: str) -> dict:
     }
 
 
-def host(where: str, source: str) -> dict:
-    """A read-only bind mount of the host's folder `source` and of what is mounted below it."""
+def host(where: str, source: str, how: str = 'ro') -> dict:
+    """A bind mount of the host's folder `source`, 'ro' or 'rw', and of what is mounted below it."""
     return {
         'destination': where,
         'type': 'bind',
         'source': source,
-        'options': ['rbind', 'rro', 'rnosuid', 'rnodev'],
+        'options': ['rbind', f'r{how}', 'rnosuid', 'rnodev'],
     }

@@ -14,11 +14,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from handlers.containers import bundle, protocol, rootfs
+from handlers.containers import bundle, protocol, rootfs, volumes
 from handlers.containers.bundle import ID_RANGE
 from handlers.containers.limits import Bounds, Limits, hits, usage
+from handlers.containers.private import Private
 from handlers.images.spec import Spec
 from host import process, sock_diag
 from host.egress import Egress
@@ -35,16 +36,6 @@ class ContainerError(FaasError):
     """The OCI runtime could not start a container."""
 
 
-class SecretStore(Protocol):
-    """Gives the values of secrets. Both raise FaasError."""
-
-    def get(self, name: str) -> bytes:
-        """The value."""
-
-    def variable(self, key: str, name: str) -> str:
-        """The value as that of the environment variable `key`."""
-
-
 class Containers:
     """Makes and removes the containers of one server. Other servers on the same kernel have another `prefix`."""
 
@@ -58,11 +49,13 @@ class Containers:
         runtime: str = 'runc',
         layers_base: int | None = None,
         most: Limits | None = None,
-        secret_store: SecretStore | None = None,
+        private: Private | None = None,
+        volume_store: volumes.VolumeStore | None = None,
         egress: Egress | None = None,
     ) -> None:
-        self.prefix, self._id_base = prefix, id_base
-        self.bounds, self._secret_store, self._egress = Bounds(limits, most or limits), secret_store, egress
+        self.prefix, self._id_base, self._egress = prefix, id_base, egress
+        self.bounds, self.private = Bounds(limits, most or limits), private or Private(f'{run_dir}/private')
+        self._volume_store, self.volume_holders = volume_store, volumes.Holders()
         self._layers_base = layers_base or id_base  # the first of the ids that own the files of layers
         self._cgroup = f'{cgroup}/{prefix}'
         self._rootfs, self._instances = os.path.join(run_dir, 'rootfs'), os.path.join(run_dir, 'instances')
@@ -87,14 +80,16 @@ class Containers:
             shutil.rmtree(self._rootfs, ignore_errors=True)
         os.makedirs(self._instances, mode=0o700, exist_ok=True)
         os.makedirs(os.path.join(self._image, 'root'), exist_ok=True)  # `runc exec` goes there, and sees nothing of it
+        os.makedirs(self.private.where, mode=0o700, exist_ok=True)
         rootfs.lay_out(self._rootfs)
         return kept
 
     def _end_leftovers(self, wanted):
-        kept = []
+        kept, records = [], {}
         folders = [folder for folder in (self._instances, *self._roots.values()) if os.path.isdir(folder)]
         for ident in {ident for folder in folders for ident in os.listdir(folder)}:
             record, container = self._left(ident)
+            records[ident] = record
             if container and record['listener'] is not None and wanted(record):
                 kept.append((record, container))
                 if self._egress and 'egress' in record:
@@ -113,6 +108,10 @@ class Containers:
             for fd, _ in living.poll(100):
                 living.unregister(fd)
                 running.discard(fd)
+        leftovers = [container for container in self._leftovers.values() if container and container.pidfd in running]
+        for container in (*leftovers, *(container for _, container in kept)):
+            record = records[container.ident]
+            self.volume_holders.take(container.ident, record['function'], record.get('volumes', {}), sure=True)
         return kept
 
     def _left(self, ident):
@@ -204,6 +203,8 @@ class Containers:
         try:
             with contextlib.ExitStack() as undo:
                 undo.callback(self._delete, ident)
+                wanted = dict.fromkeys(spec.settings.get('volumes', ()), spec.overlaps)
+                self.volume_holders.take(ident, name, wanted)
                 if self._egress:
                     undo.callback(self._egress.detach, ident)
                 os.mkdir(bundle_dir, 0o700)
@@ -218,6 +219,7 @@ class Containers:
                     'stop_signal': spec.stop_signal,
                     'listener': cookie,
                     'memory': self.bounds.of(spec).memory,
+                    'volumes': wanted,
                 }
                 self._write(bundle_dir, 'record.json', record)
                 notifier = undo.enter_context(listening(os.path.join(bundle_dir, NOTIFIER), 0o600))
@@ -228,7 +230,7 @@ class Containers:
                 run = [ident, name, spec, tree, bundle_dir, base, {1: output, 2: output}, more]
                 if channel is not None:
                     run[-2][protocol.CHANNEL_FD] = channel
-                if spec.layers:
+                if spec.layers or wanted or self.private.is_wanted(spec):
                     rootfs.apart(lambda: self._run(*run))
                 else:
                     self._run(*run)
@@ -262,10 +264,15 @@ class Containers:
             make.add_folder(config, spec, tree)
         if protocol.CHANNEL_FD not in fds:
             make.add_ways_to_serve(config, spec, bundle_dir)
+        if spec.settings.get('volumes'):
+            ids = users if spec.layers else self._mapping(volumes.FOLDER_ID, base, 1)
+            volumes.add(config, spec, self._image, self._volume_store, ids, base)
         # The instance must own its output to open /dev/stdout, where the log files of many images lead.
         user = config['process']['user']
         os.fchown(fds[1], base + user['uid'], base + user['gid'])
-        self._add_secrets(config, spec, bundle_dir, base)
+        if spec.healthcheck:
+            self._write(bundle_dir, 'process.json', config['process'])  # without secrets
+        config_dir = self.private.add(config, spec, base) if self.private.is_wanted(spec) else bundle_dir
         hosts = os.path.join(bundle_dir, 'hosts')
         with open(hosts, 'w') as file:
             file.write(rootfs.hosts_of(name))
@@ -280,42 +287,34 @@ class Containers:
             bundle.add_egress(config, link.namespace, resolv)
         if more:
             more(config, users)
-        self._write(bundle_dir, 'config.json', config)
+        self._write(config_dir, 'config.json', config)
         bound_sockets(f'{MEMORY_V1}{self._cgroup}/{ident}', limits.memory)
         pid_file, errors = os.path.join(bundle_dir, 'pid'), os.path.join(bundle_dir, 'runtime.log')
         # No session keyring: a host that is itself a container may refuse one, and keyctl is refused to functions.
-        run = ['run', '--detach', '--no-new-keyring', '--bundle', bundle_dir, '--pid-file', pid_file]
+        run = ['run', '--detach', '--no-new-keyring', '--bundle', config_dir, '--pid-file', pid_file]
         run += ['--preserve-fds', '1'] if protocol.CHANNEL_FD in fds else []
         code = process.run_with_fds([*bundle.limited(), *self._runtime, '--log', errors, *run, ident], fds)
-        if any(isinstance(value, dict) for value in spec.settings.get('env', {}).values()):
-            os.unlink(os.path.join(bundle_dir, 'config.json'))  # the runtime has read it, and it holds secrets
+        if config_dir != bundle_dir:
+            os.unlink(os.path.join(config_dir, 'config.json'))  # the runtime has read it, and it may hold secrets
+            if os.path.exists(os.path.join(kept := os.path.join(self._roots['crun'], ident), 'config.json')):
+                self._write(kept, 'config.json', config | {'process': config['process'] | {'env': []}})
         if code:
             said = runtime_said(errors) or f'{self._runtime[0]} ended with exit code {code}'
             raise ContainerError(*program_missing(said, spec) or (said,))
 
-    def _add_secrets(self, config, spec, bundle_dir, base):
-        """The secrets that the Spec wants, as files in memory, and as variables."""
-        for key, value in spec.settings.get('env', {}).items():
-            if isinstance(value, dict):
-                config['process']['env'].append(f'{key}={self._secret_store.variable(key, value["secret"])}')
-        if not (names := spec.settings.get('secrets')):
-            return
-        folder, user = os.path.join(bundle_dir, 'secrets'), config['process']['user']
-        os.mkdir(folder, 0o700)
-        for name in names:
-            path = os.path.join(folder, name)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), 'wb') as file:
-                file.write(self._secret_store.get(name))
-            os.chown(path, base + user['uid'], base + user['gid'])
-        os.chmod(folder, 0o755)  # inside; the folder of the bundle is root's alone
-        config['mounts'].append(bundle.host('/run/secrets', folder))
-
     def execute(self, container: 'Container', args: Sequence[str], timeout_s: float) -> str | None:
-        """Run a program in the container to its end. None if it ends with 0, else what it did. It waits for it."""
-        pid_file = os.path.join(self._instances, container.ident, f'exec-{secrets.token_hex(4)}')
-        null = subprocess.DEVNULL
-        run = [*self._runtime, 'exec', '--pid-file', pid_file, container.ident, *args]
+        """Run a program to its end in the container of an image with a HEALTHCHECK. It waits for it.
+
+        None if it ends with 0, else what it did.
+        """
+        folder = os.path.join(self._instances, container.ident)
+        name, null = f'exec-{secrets.token_hex(4)}', subprocess.DEVNULL
+        pid_file = os.path.join(folder, f'{name}.pid')
+        how = ['--pid-file', pid_file, '--process', os.path.join(folder, f'{name}.json')]
+        run = [*self._runtime, 'exec', *how, container.ident]
         try:
+            with open(os.path.join(folder, 'process.json')) as file:
+                self._write(folder, f'{name}.json', json.load(file) | {'args': list(args)})
             with process.popen(run, stdin=null, stdout=null, stderr=null) as child:
                 try:
                     code = child.wait(timeout_s)
@@ -328,8 +327,9 @@ class Containers:
         except (process.CommandError, OSError) as error:
             return str(error)
         finally:
-            with contextlib.suppress(OSError):
-                os.unlink(pid_file)
+            for end in ('pid', 'json'):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(folder, f'{name}.{end}'))
 
     def _mapping(self, inner, base, size):
         """The user namespace that maps `size` ids from `inner` to those from `base`. It is made once and kept.
@@ -365,7 +365,7 @@ class Containers:
         if self._slots or self._leftovers:
             return
         self._remove_cgroups()
-        for folder in (self._rootfs, self._image, self._instances, *self._roots.values()):
+        for folder in (self._rootfs, self._image, self.private.where, self._instances, *self._roots.values()):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _delete(self, ident):
@@ -377,6 +377,7 @@ class Containers:
             with contextlib.suppress(OSError):
                 os.rmdir(os.path.join(where, ident))
         shutil.rmtree(os.path.join(self._instances, ident), ignore_errors=True)
+        self.volume_holders.release(ident)
 
     @staticmethod
     def _write(bundle_dir: str, name: str, content: dict) -> None:

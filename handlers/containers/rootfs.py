@@ -13,7 +13,7 @@ import shutil
 import stat
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from host import process
 from host.errors import FaasError
@@ -22,10 +22,10 @@ from host.errors import FaasError
 OPEN_TREE, MOVE_MOUNT, OPENAT2, MOUNT_SETATTR = 428, 429, 437, 442
 AT_FDCWD, AT_EMPTY_PATH = -100, 0x1000
 OPEN_TREE_CLONE, MOVE_MOUNT_F_EMPTY_PATH = 1, 4
-MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_IDMAP = 1, 2, 4, 0x100000
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_IDMAP = 1, 2, 4, 8, 0x100000
 MS_REC, MS_PRIVATE, MS_NOSUID, MS_NODEV = 0x4000, 1 << 18, 2, 4
 CLONE_NEWNS = 0x20000
-RESOLVE_IN_ROOT = 0x10
+RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 4, 0x10
 
 # What a folder sees of the host's /etc: what Debian's packages keep there to find themselves, and settings that
 # interpreters need. Nothing of it may hold a secret: people write passwords into /etc/mysql or /etc/php/*/fpm.
@@ -79,7 +79,7 @@ def lay_out(root: str) -> None:
     for folder in ('dev', 'etc', 'function', 'opt/faas', 'proc', 'run', 'sys', 'tmp', 'usr', 'var'):
         os.makedirs(os.path.join(root, folder), exist_ok=True)
     os.chmod(os.path.join(root, 'tmp'), 0o755)  # a former faasd made it 1777
-    links = {'control.sock': 'run/faas/control.sock', 'var/tmp': '/tmp'}
+    links = {'control.sock': 'run/faas/control.sock', 'var/run': '/run', 'var/tmp': '/tmp'}
     for name in ('bin', 'sbin', 'lib', 'lib32', 'lib64', 'libx32'):
         if os.path.islink(f'/{name}'):
             links[name] = os.readlink(f'/{name}')
@@ -136,8 +136,7 @@ def mount(where: str, layers: list[str], ids: int, size: int, owner: int) -> str
     the host's id of the instance's root.
     """
     os.chdir(where)
-    options = f'mode=755,size={size},nr_inodes={MOST_INODES}'
-    _checked(libc.mount(b'tmpfs', b'.', b'tmpfs', MS_NOSUID | MS_NODEV, options.encode()), 'mount')
+    mount_memory('.', size, MOST_INODES, 0o755)
     os.chdir(where)  # again: into the file system that is mounted there now
     for folder in ('layers', 'upper', 'work', 'root'):
         os.mkdir(folder)
@@ -146,7 +145,7 @@ def mount(where: str, layers: list[str], ids: int, size: int, owner: int) -> str
     layers = list(dict.fromkeys(reversed(layers)))
     for number, layer in enumerate(layers):
         os.mkdir(f'layers/{number}')
-        mount_mapped(layer, f'layers/{number}', ids)
+        map_ids(layer, f'layers/{number}', ids, MOUNT_ATTR_RDONLY)
     os.chmod('upper', stat.S_IMODE(os.stat('layers/0').st_mode))
     os.chown('upper', owner, owner)
     os.symlink('run/faas/control.sock', 'upper/control.sock')
@@ -159,42 +158,95 @@ def mount(where: str, layers: list[str], ids: int, size: int, owner: int) -> str
     return os.path.join(where, 'root')
 
 
-def mount_mapped(folder: str, where: str, ids: int, writable: bool = False) -> None:
-    """Mount `folder` at `where`, with its owners mapped by the user namespace `ids`. Raises ImageUnusable."""
-    tree = _checked(
-        libc.syscall(OPEN_TREE, AT_FDCWD, os.fsencode(folder), OPEN_TREE_CLONE | os.O_CLOEXEC), 'open_tree'
-    )
+def scratch(where: str, lower: str, paths: Iterable[str]) -> str:
+    """Mount at `where` a tmpfs with the read-only tree `lower` that has also the folders `paths`; returns its path.
+
+    To be called by apart().
+    """
+    _checked(libc.mount(b'tmpfs', os.fsencode(where), b'tmpfs', MS_NOSUID | MS_NODEV, b'mode=755'), 'mount')
+    points, root = os.path.join(where, 'points'), os.path.join(where, 'root')
+    os.mkdir(root)
+    for path in paths:
+        os.makedirs(points + path)
+    options = os.fsencode(f'lowerdir={points}:{lower}')
+    _checked(libc.mount(b'overlay', os.fsencode(root), b'overlay', MS_NODEV, options), 'mount of the root')
+    return root
+
+
+def map_ids(layer: str, where: str, ids: int, attributes: int = 0) -> None:
+    """Mount the folder `layer` at `where` with the owners mapped by the user namespace `ids`. Raises ImageUnusable."""
+    try:
+        attach(layer, where, attributes | MOUNT_ATTR_NODEV, ids)
+    except CannotMap as error:
+        raise ImageUnusable(
+            f'the file system of {os.path.dirname(layer)} cannot map ids (ext4, xfs and btrfs can): {error}'
+        ) from error
+
+
+class CannotMap(Exception):
+    """The kernel refuses these attributes of a mount."""
+
+
+def attach(source: str | int, where: str, attributes: int, ids: int | None = None) -> None:
+    """Mount the folder `source`, a path or a descriptor (borrowed), at `where`, without what is mounted below it.
+
+    `attributes` are MOUNT_ATTR_…, and no other holds. `ids` (borrowed) is the user namespace that maps the owners.
+    To be called by apart(). Raises OSError; CannotMap.
+    """
+    fd, path = (source, b'') if isinstance(source, int) else (AT_FDCWD, os.fsencode(source))
+    flags = OPEN_TREE_CLONE | os.O_CLOEXEC | AT_EMPTY_PATH
+    tree = _checked(libc.syscall(OPEN_TREE, fd, path, flags), 'open_tree')
     try:
         # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
-        attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV if writable else MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV
-        attributes = struct.pack('QQQQ', attributes | MOUNT_ATTR_IDMAP, 0, MS_PRIVATE, ids)
-        if libc.syscall(MOUNT_SETATTR, tree, b'', AT_EMPTY_PATH, attributes, len(attributes)):
-            why = os.strerror(ctypes.get_errno())
-            raise ImageUnusable(
-                f'the file system of {os.path.dirname(folder)} cannot map ids (ext4, xfs and btrfs can): {why}'
-            )
+        wanted = attributes | (0 if ids is None else MOUNT_ATTR_IDMAP)
+        packed = struct.pack('QQQQ', wanted, MOUNT_ATTR_RDONLY & ~attributes, MS_PRIVATE, ids or 0)
+        if libc.syscall(MOUNT_SETATTR, tree, b'', AT_EMPTY_PATH, packed, len(packed)):
+            raise CannotMap(os.strerror(ctypes.get_errno()))
         _checked(
-            libc.syscall(MOVE_MOUNT, tree, b'', AT_FDCWD, where.encode(), MOVE_MOUNT_F_EMPTY_PATH), 'move_mount'
+            libc.syscall(MOVE_MOUNT, tree, b'', AT_FDCWD, os.fsencode(where), MOVE_MOUNT_F_EMPTY_PATH), 'move_mount'
         )
     finally:
         os.close(tree)
 
 
+def mount_memory(where: str, size: int, inodes: int, mode: int) -> None:
+    """Mount a file system in memory, of `size` bytes. To be called by apart()."""
+    options = f'mode={mode:o},size={size},nr_inodes={inodes}'
+    _checked(libc.mount(b'tmpfs', os.fsencode(where), b'tmpfs', MS_NOSUID | MS_NODEV, options.encode()), 'mount')
+
+
+def mount_over(lower: str, upper: str, where: str) -> None:
+    """Mount at `where` what is in both folders, read-only; `upper` decides. To be called by apart()."""
+    options = f'lowerdir={upper}:{lower}'
+    _checked(libc.mount(b'overlay', os.fsencode(where), b'overlay', MS_NODEV, options.encode()), 'mount')
+
+
+def open_at(folder: int, path: str, flags: int, resolve: int) -> int:
+    """A descriptor (owned) of openat2(2). Raises OSError."""
+    how = struct.pack('QQQ', flags | os.O_CLOEXEC, 0, resolve)  # struct open_how of linux/openat2.h
+    return _checked(libc.syscall(OPENAT2, folder, path.encode(), how, len(how)), path)
+
+
 def read_within(root: str, path: str) -> list[str]:
     """The lines of the text file `path` in a tree of a stranger, [] without one. Links cannot lead out of the tree."""
-    top = os.open(root, os.O_PATH | os.O_CLOEXEC)
-    try:
-        # struct open_how of linux/openat2.h: flags, mode, resolve
-        how = struct.pack('QQQ', os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0, RESOLVE_IN_ROOT)
-        fd = libc.syscall(OPENAT2, top, path.encode(), how, len(how))
-    finally:
-        os.close(top)
-    if fd == -1:
+    fd = open_within(root, path)
+    if fd is None:
         return []
     with open(fd, 'rb') as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             return []
         return file.read(MOST_ACCOUNTS).decode(errors='replace').splitlines()
+
+
+def open_within(root: str, path: str, flags: int = 0) -> int | None:
+    """A descriptor (owned by the caller) to read `path` in a tree of a stranger. None: there is no such thing."""
+    top = os.open(root, os.O_PATH | os.O_CLOEXEC)
+    try:
+        return open_at(top, path, flags | os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, RESOLVE_IN_ROOT)
+    except OSError:
+        return None
+    finally:
+        os.close(top)
 
 
 def find_user(root: str, user: str) -> tuple[dict, str]:

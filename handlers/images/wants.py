@@ -164,6 +164,11 @@ def egress(value: object) -> list[str]:
     return found
 
 
+def inside(path: str, folder: str) -> bool:
+    """True if that is the folder itself, or a path below it."""
+    return f'{path}/'.startswith(f'{folder}/')
+
+
 def mounts(value: object) -> dict[str, str]:
     if not isinstance(value, dict) or len(value) > MOST_NAMES:
         raise ValueError

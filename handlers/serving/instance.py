@@ -179,6 +179,13 @@ class Instance:
         container = self._container
         return self._around.containers.hits(container.ident) if container else {}
 
+    def changed_mounts(self) -> set[tuple]:
+        """See Private.changed(); nothing of one that does not serve. From any thread."""
+        container = self._container
+        if container is None or self.state != InstanceState.READY:
+            return set()
+        return self._around.containers.private.changed(self.revision.spec, container.pid)
+
     def stop(self, idle_s: float, within_s: float) -> None:
         """Let it finish what it holds, close idle connections after idle_s, and kill what remains after within_s."""
         raise NotImplementedError
