@@ -4,23 +4,21 @@ import base64
 import contextlib
 import hashlib
 import http.client
-import io
 import json
 import os
 import shutil
 import signal
 import subprocess
-import tarfile
 import tempfile
 import threading
 import unittest
-import zipfile
 
 from control.builds import place
 from handlers.containers.building import BuildFailed, collect
 from handlers.images import builders
 from handlers.images.spec import Spec
 from tests import lab, serving
+from tests.wheels import fetched, npm_package, put_in_index, wheel
 
 GREETS = 'def greet():\n    return "hello from a package"\n'
 ASKS = """
@@ -75,31 +73,6 @@ for place, port in [%s]:
     except OSError as error:
         print('refused', place, port)
 """
-
-
-def wheel(name, version, files, more=''):
-    """(its file name, a wheel)."""
-    info = f'{name}-{version}.dist-info'
-    files = files | {
-        f'{info}/METADATA': f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{more}',
-        f'{info}/WHEEL': 'Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n',
-    }
-    files[f'{info}/RECORD'] = ''.join(f'{each},,\n' for each in [*files, f'{info}/RECORD'])
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, 'w') as pack:
-        for path, text in files.items():
-            pack.writestr(path, text)
-    return f'{name}-{version}-py3-none-any.whl', out.getvalue()
-
-
-def npm_package(name, version, script):
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode='w:gz') as tar:
-        for path, text in {'package.json': json.dumps({'name': name, 'version': version}), 'index.js': script}.items():
-            info = tarfile.TarInfo(f'package/{path}')
-            info.size = len(text)
-            tar.addfile(info, io.BytesIO(text.encode()))
-    return out.getvalue()
 
 
 HANDLER = Spec('handler')
@@ -278,6 +251,32 @@ class Built(unittest.TestCase):
         files = {'pyproject.toml': project, 'backend.py': backend, 'handler.py': handler, 'faas.toml': self.INDEX}
         self.faas_new('project', files)
         self.assertEqual('hello from a package', self.ask('project'))
+
+    def faas_new_example(self, name, **more):
+        folder = serving.EXAMPLES / name
+        return self.faas_new(name, {each: (folder / each).read_text() for each in os.listdir(folder)} | more)
+
+    def test_the_example_notes_keeps_notes_and_asks_another_function(self):
+        example = serving.EXAMPLES / 'notes'
+        download = ['/usr/bin/python3', '-m', 'pip', 'download', '--quiet', '--only-binary=:all:', '--requirement']
+        put_in_index(fetched('wheels', [*download, str(example / 'requirements.txt')]), self.net.path('/tmp/index'))
+        self.server.deploy('hello', serving.example('hello'))
+        settings = (example / 'faas.toml').read_text() + self.INDEX.removeprefix('[env]\n')
+        self.faas_new_example('notes', **{'faas.toml': settings})
+        ipv6 = self.server.api('GET', '/api/ip/notes').json['ipv6']
+        self.assertEqual('kept\n', self.host.sh(f'curl -sg -d text=milk http://[{ipv6}]/'))
+        self.assertIn('hello says: Hello, fd00:faa5:0:200:', self.server.get(ipv6, '/greeting'))
+        self.faas_new_example('notes', **{'faas.toml': settings + '# again\n'})
+        self.assertEqual('["milk"]', self.ask('notes').strip())
+
+    def test_the_example_markdown_has_its_lock_file(self):
+        packed = fetched('npm', ['npm', 'pack', '--silent', 'marked@4.3.0']) / 'marked-4.3.0.tgz'
+        place = self.net.path('/tmp/index/marked/-')
+        place.mkdir(parents=True)
+        (place / packed.name).write_bytes(packed.read_bytes())
+        done = self.faas_new_example('markdown', **{'.npmrc': 'registry=http://203.0.113.5/\n'})
+        self.assertIn('$ npm ci --omit=dev', done.stderr)
+        self.assertIn('<strong>Markdown</strong>', self.ask('markdown'))
 
     def test_packages_of_npm_and_a_start_script(self):
         package = {'dependencies': {'greets': '^1.0.0'}, 'scripts': {'start': 'node server.js'}}
