@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import stat
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,8 @@ from typing import NamedTuple
 
 from handlers.containers import bundle, protocol, rootfs, volumes
 from handlers.containers.bundle import ID_RANGE
+from handlers.containers.cgroup import Cgroup
+from handlers.containers.execution import execute
 from handlers.containers.limits import Bounds, Limits, hits, usage
 from handlers.containers.private import Private
 from handlers.images.spec import Spec
@@ -26,7 +27,6 @@ from host.egress import Egress
 from host.errors import EXPECTED, FaasError
 
 ID_SLOTS = 4096
-MEMORY_V1 = '/sys/fs/cgroup/memory'
 OUT_OF_MEMORY = 'ran out of memory'  # how the reason of such an end begins
 NOTIFIER = 'notify.sock'  # where the OCI runtime brings the descriptor that asks for each listen()
 LEFTOVERS_END_S = 10  # how long killed containers of a former run may take to end
@@ -57,13 +57,13 @@ class Containers:
         self.bounds, self.private = Bounds(limits, most or limits), private or Private(f'{run_dir}/private')
         self._volume_store, self.volume_holders = volume_store, volumes.Holders()
         self._layers_base = layers_base or id_base  # the first of the ids that own the files of layers
-        self._cgroup = f'{cgroup}/{prefix}'
+        self._cgroup = Cgroup(f'{cgroup}/{prefix}')
         self._rootfs, self._instances = os.path.join(run_dir, 'rootfs'), os.path.join(run_dir, 'instances')
         self._image = os.path.join(run_dir, 'image')  # where each instance of an image sees its own root file system
         self._roots = {each: os.path.join(run_dir, each) for each in ('runc', 'crun')}
         self._runtime = (runtime, '--root', self._roots[runtime])
         self._slots, self._lock = set(), threading.Lock()
-        self._configurations = bundle.Configurations(self.bounds, self._cgroup, self._rootfs)
+        self._configurations = bundle.Configurations(self.bounds, self._cgroup.path, self._rootfs)
         self._leftovers: dict[str, Container | None] = {}  # id → its ended container, if that had a process
         self._remover, self._closing = None, False
         self._mappings = {}  # (first inner id, first id, how many) → the user namespace that maps them
@@ -75,7 +75,7 @@ class Containers:
         them. What is left of the others is for remove_leftovers(): it takes long, and functions shall be served first.
         """
         kept = self._end_leftovers(wanted)
-        self._remove_cgroups()
+        self._cgroup.remove()
         if not kept:  # else it may be in use: then it is only updated
             shutil.rmtree(self._rootfs, ignore_errors=True)
         os.makedirs(self._instances, mode=0o700, exist_ok=True)
@@ -163,8 +163,8 @@ class Containers:
     def listener_of(self, record: dict, container: 'Container') -> socket.socket | None:
         """The listening socket (owned) that an instance of a former run serves. None if it has closed the socket."""
         ours = sock_diag.listening_inodes(80)  # no copy of other sockets: their close() could wait
-        for where in self._cgroups():
-            with contextlib.suppress(OSError), open(os.path.join(where, container.ident, 'cgroup.procs')) as file:
+        for where in self._cgroup.folders(container.ident):
+            with contextlib.suppress(OSError), open(os.path.join(where, 'cgroup.procs')) as file:
                 for pid in map(int, file.read().split()):
                     for fd in map(int, os.listdir(f'/proc/{pid}/fd')):
                         with contextlib.suppress(OSError):
@@ -288,7 +288,7 @@ class Containers:
         if more:
             more(config, users)
         self._write(config_dir, 'config.json', config)
-        bound_sockets(f'{MEMORY_V1}{self._cgroup}/{ident}', limits.memory)
+        self._cgroup.bound_sockets(ident, limits.memory)
         pid_file, errors = os.path.join(bundle_dir, 'pid'), os.path.join(bundle_dir, 'runtime.log')
         # No session keyring: a host that is itself a container may refuse one, and keyctl is refused to functions.
         run = ['run', '--detach', '--no-new-keyring', '--bundle', config_dir, '--pid-file', pid_file]
@@ -303,33 +303,8 @@ class Containers:
             raise ContainerError(*program_missing(said, spec) or (said,))
 
     def execute(self, container: 'Container', args: Sequence[str], timeout_s: float) -> str | None:
-        """Run a program to its end in the container of an image with a HEALTHCHECK. It waits for it.
-
-        None if it ends with 0, else what it did.
-        """
-        folder = os.path.join(self._instances, container.ident)
-        name, null = f'exec-{secrets.token_hex(4)}', subprocess.DEVNULL
-        pid_file = os.path.join(folder, f'{name}.pid')
-        how = ['--pid-file', pid_file, '--process', os.path.join(folder, f'{name}.json')]
-        run = [*self._runtime, 'exec', *how, container.ident]
-        try:
-            with open(os.path.join(folder, 'process.json')) as file:
-                self._write(folder, f'{name}.json', json.load(file) | {'args': list(args)})
-            with process.popen(run, stdin=null, stdout=null, stderr=null) as child:
-                try:
-                    code = child.wait(timeout_s)
-                    return None if code == 0 else f'exit code {code}'
-                except subprocess.TimeoutExpired:
-                    with contextlib.suppress(OSError, ValueError), open(pid_file) as file:
-                        os.kill(int(file.read()), signal.SIGKILL)  # the runtime alone would leave it there
-                    child.kill()
-                    return f'no end within {timeout_s:g} s'
-        except (process.CommandError, OSError) as error:
-            return str(error)
-        finally:
-            for end in ('pid', 'json'):
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(folder, f'{name}.{end}'))
+        """Run a program to its end in the container of an image with a HEALTHCHECK: see execution.execute()."""
+        return execute(self._runtime, os.path.join(self._instances, container.ident), args, timeout_s)
 
     def _mapping(self, inner, base, size):
         """The user namespace that maps `size` ids from `inner` to those from `base`. It is made once and kept.
@@ -364,7 +339,7 @@ class Containers:
             os.close(fd)
         if self._slots or self._leftovers:
             return
-        self._remove_cgroups()
+        self._cgroup.remove()
         for folder in (self._rootfs, self._image, self.private.where, self._instances, *self._roots.values()):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -373,9 +348,7 @@ class Containers:
             if os.path.isdir(root):
                 with contextlib.suppress(process.CommandError):  # the runtime may be uninstalled by now
                     process.run([runtime, '--root', root, 'delete', '--force', ident], ok=range(256))
-        for where in self._cgroups():  # of one that the runtime did not come to know
-            with contextlib.suppress(OSError):
-                os.rmdir(os.path.join(where, ident))
+        self._cgroup.remove_container(ident)
         shutil.rmtree(os.path.join(self._instances, ident), ignore_errors=True)
         self.volume_holders.release(ident)
 
@@ -385,47 +358,15 @@ class Containers:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 'w') as file:
             json.dump(content, file)
 
-    def _cgroups(self):
-        """The folders of this server's cgroup: one with cgroup v2, one for each controller with v1."""
-        root = '/sys/fs/cgroup'
-        with contextlib.suppress(OSError):
-            for where in [root] + [entry.path for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)]:
-                if os.path.isdir(where + self._cgroup):
-                    yield where + self._cgroup
-
-    def _remove_cgroups(self):
-        for where in self._cgroups():
-            with contextlib.suppress(OSError):
-                with os.scandir(where) as entries:
-                    for entry in entries:
-                        if entry.is_dir(follow_symlinks=False):
-                            os.rmdir(entry.path)
-                os.rmdir(where)
-
     def usage(self, container: 'Container') -> dict[str, float | str]:
         """What the container uses: see limits.usage(). `egress` is the address by which others see it."""
-        used = usage(os.path.join(where, container.ident) for where in self._cgroups())
+        used = usage(self._cgroup.folders(container.ident))
         address = self._egress and self._egress.address_of(container.ident)
         return used | ({'egress': address} if address else {})
 
     def hits(self, ident: str) -> dict[str, int]:
         """How often the container came up against a limit: see limits.hits()."""
-        return hits(os.path.join(where, ident) for where in self._cgroups())
-
-
-def bound_sockets(folder: str, memory: int) -> None:
-    """Bound what waits in an instance's TCP and UDP sockets: cgroup v1 has another limit for that than for memory.
-
-    `folder` is its memory cgroup. The kernel does not count sockets that were there before, and runc no longer sets it
-    (kernelTCP).
-    """
-    if os.path.isdir(MEMORY_V1):
-        os.makedirs(folder)
-        with (
-            contextlib.suppress(FileNotFoundError, PermissionError),  # a later kernel may be without it
-            open(f'{folder}/memory.kmem.tcp.limit_in_bytes', 'w') as file,
-        ):
-            file.write(str(memory))
+        return hits(self._cgroup.folders(ident))
 
 
 def runtime_said(path: str) -> str | None:
