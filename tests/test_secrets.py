@@ -208,6 +208,8 @@ class Given(unittest.TestCase):
             deploy.join(30)
         self.assertEqual((200, 2), (replies[0].status, replies[0].json['revision']), replies[0].body)
         self.assertEqual('new', self.server.get(replies[0].json['ipv6']))
+        self.faas('rm', 'beside', '--yes')
+        self.faas('secret', 'rm', 'BESIDE')
 
     def test_what_the_api_refuses(self):
         before = self.server.api('GET', '/api/secret').json
