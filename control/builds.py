@@ -64,14 +64,15 @@ class Builds:
         if staging.spec.kind == 'image' or (plan := builders.plan(staging.tree, staging.spec)) is None:
             return
         own = os.path.join(self._folder, name)
-        with disk.refusals(self._folder), self._lock(name, is_wanted):
+        lock = self._locks.setdefault(name, threading.Lock())
+        with disk.refusals(self._folder), waited(lock, is_wanted, lambda: tell(b'Waiting for a build of it\n')):
             result = os.path.join(own, plan.key)
             if os.path.isdir(result):
                 os.utime(result)
             else:
                 self.need(plan.programs)
                 os.makedirs(own, mode=0o700, exist_ok=True)
-                with waited(self._rooms, is_wanted):
+                with waited(self._rooms, is_wanted, lambda: tell(b'Waiting for other builds\n')):
                     self._make(name, plan, staging.tree, own, tell, is_wanted)
                 self._emit('build', f'Built {name}: {"; ".join(plan.lines)}', name=name)
             place(result, plan.results, staging.tree)
@@ -98,20 +99,25 @@ class Builds:
         for entry in sorted(results, key=lambda entry: entry.stat().st_mtime)[:-KEPT]:
             remove_tree(entry.path)
 
-    def _lock(self, name, is_wanted):
-        return waited(self._locks.setdefault(name, threading.Lock()), is_wanted)
-
 
 @contextlib.contextmanager
-def waited(lock: 'threading.Lock | threading.Semaphore', is_wanted: Callable[[], bool]) -> Iterator[None]:
-    """Hold the lock. Raises ConnectionAbortedError when that is not wanted any more."""
-    while not lock.acquire(timeout=LOOK_S):
-        if not is_wanted():
-            raise ConnectionAbortedError
+def waited(
+    lock: 'threading.Lock | threading.Semaphore', is_wanted: Callable[[], bool], say: Callable[[], object]
+) -> Iterator[None]:
+    """Hold the lock; say() that it takes a while. Raises ConnectionAbortedError when it is not wanted any more."""
+    if not lock.acquire(timeout=LOOK_S):
+        say()
+        _acquire(lock, is_wanted)
     try:
         yield
     finally:
         lock.release()
+
+
+def _acquire(lock, is_wanted):
+    while not lock.acquire(timeout=LOOK_S):
+        if not is_wanted():
+            raise ConnectionAbortedError
 
 
 def place(result: str, paths: tuple[str, ...] | None, tree: str) -> None:
