@@ -380,8 +380,8 @@ class Daemon:
             self._problems,
         )
         checks = [
-            Check('rules', repairs.table, CLOSELY_S, rules),
-            Check('egress', self.egress.heal, CLOSELY_S, egress_rules),
+            Check('rules', repairs.table, CLOSELY_S, rules, self.egress.is_others),
+            Check('egress', self.egress.heal, CLOSELY_S, egress_rules, self.egress.is_others),
             Check('names', self.egress.refresh),
             Check('guard', self.guard.heal),
             Check('injector', self.injector.check),
@@ -389,7 +389,7 @@ class Daemon:
             Check('connections', self.functions.count_connections),
             Check('limits', self.functions.look_at_limits, CLOSELY_S),
             Check(interface, repairs.missing_interface),
-            Check(interface, repairs.interface, CLOSELY_S, links),
+            Check(interface, repairs.interface, CLOSELY_S, links, self.egress.is_elsewhere),
             Check('registry', self._storage.look_after_registry, CLOSELY_S),
             Check('disk', self._storage.look_at_disks, DISK_LOOK_S),
             Check('copy', self.registry.copy_daily, COPY_LOOK_S),

@@ -19,7 +19,8 @@ CLOSELY_S = 5
 class Check(NamedTuple):
     """`look()` heals what it can. It raises what is wrong with `area`; it returns False when that is not known.
 
-    It is called every `period_s`, and at once when the `wakes` socket can be read from.
+    It is called every `period_s`, and at once when the `wakes` socket can be read from. With `matters` it is only for a
+    message of which that is true, and when messages were lost.
     Of two checks of one area, one must return False when all is well, or it takes back what the other has reported.
     """
 
@@ -27,6 +28,12 @@ class Check(NamedTuple):
     look: Callable[[], Any]
     period_s: float = TICK_S
     wakes: socket.socket | None = None
+    matters: Callable[[bytes], bool] | None = None
+
+    def is_woken(self, messages: dict[socket.socket, list[bytes | None]]) -> bool:
+        """True if there is one that matters among the messages of its socket."""
+        found = messages.get(self.wakes, ())
+        return bool(found) and (not self.matters or any(each is None or self.matters(each) for each in found))
 
 
 class Monitor:
@@ -60,11 +67,10 @@ class Monitor:
 
     def look(self, woken: set[socket.socket] = frozenset()) -> None:
         """Run the checks that are due, and those whose socket is in `woken`."""
-        for sock in woken:
-            empty(sock)
+        messages = {sock: read_all(sock) for sock in woken}
         for number, check in enumerate(self._checks):
             now = self._clock()
-            if check.wakes in woken or now >= self._due[number]:
+            if check.is_woken(messages) or now >= self._due[number]:
                 self._due[number] = now + check.period_s - TICK_S / 2  # a tick may come a little early
                 self._run_check(check)
 
@@ -79,10 +85,14 @@ class Monitor:
             self._report(check.area, f'a fault of faasd: {type(error).__name__}; its log has more')
 
 
-def empty(sock: socket.socket) -> None:
-    """Read all that waits. A netlink socket that lost messages says so once by ENOBUFS."""
+def read_all(sock: socket.socket) -> list[bytes | None]:
+    """All messages that wait; None for those that a netlink socket lost, which it says once by ENOBUFS."""
+    messages = []
     try:
-        while sock.recv(65536, socket.MSG_DONTWAIT):
-            pass
+        while data := sock.recv(65536, socket.MSG_DONTWAIT):
+            messages.append(data)
+    except BlockingIOError:
+        return messages
     except OSError:
         pass
+    return [*messages, None]

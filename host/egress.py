@@ -56,6 +56,7 @@ class Egress:
         """`network4` is where instances get their IPv4 addresses from; `gateway` and `zone_server` are CoreDNS."""
         self._network4, self._emit = ipaddress.ip_network(network4), emit
         self.place = Place(f'{table}_egress', gateway, zone_server, str(self._network4[1]), str(NETWORK6[1]))
+        self._host6 = NETWORK6[1].packed
         self._lock, self._maker = threading.RLock(), Maker()
         self._links: dict[str, Link] = {}  # by the id of the container
         self._next = FIRST
@@ -251,6 +252,14 @@ class Egress:
             if whole:
                 return True
         raise EgressError('the nftables table of egress was changed by somebody: it is loaded again')
+
+    def is_others(self, message: bytes) -> bool:
+        """True if the message of NETLINK_NETFILTER tells of what faasd did not do for an instance."""
+        return not self._maker.is_author(message)
+
+    def is_elsewhere(self, message: bytes) -> bool:
+        """True if the message of NETLINK_ROUTE is not of a veth of an instance."""
+        return egress_rules.LINKS.encode() not in message and self._host6 not in message
 
     def _is_whole(self, links):
         try:

@@ -64,6 +64,11 @@ class Maker:
                 self._end()
                 raise
 
+    def is_author(self, message: bytes) -> bool:
+        """True if the netlink message tells of a change that the process made (nlmsghdr, its port is the pid)."""
+        child = self._child
+        return child is not None and message[12:16] == child.pid.to_bytes(4, sys.byteorder)
+
     def _send(self, rules, fds):
         text = rules.encode()
         if not 0 < len(text) <= MOST_TEXT:

@@ -26,7 +26,7 @@ import tempfile
 import time
 from typing import NamedTuple
 
-from tests import bench_builds, images, lab, packages, serving
+from tests import bench_builds, bench_egress, images, lab, packages, serving
 
 GATEWAY = 'fd00:faa5:0:100::1'
 STATE = '/var/lib/faasd'
@@ -502,6 +502,7 @@ ROWS = {  # the row that is asked for: what else comes with it
     'go-keepalive': None,
     'go-new-connections': None,
     bench_builds.ROW: None,
+    **dict.fromkeys(bench_egress.BOUNDS),
 }
 
 
@@ -513,6 +514,8 @@ def measure(bench, wanted):
     if not wanted.isdisjoint(('go-keepalive', 'go-new-connections')):
         yield from serve_rows(bench, wanted)
     yield from bench_builds.rows(bench, wanted, check, compared)
+    if not wanted.isdisjoint(bench_egress.BOUNDS):
+        yield from bench_egress.rows(bench, wanted, check, compared, grouped)
 
 
 def machine(bench, load):
@@ -529,7 +532,9 @@ def machine(bench, load):
 
 
 def in_unit(value, unit):
-    return f'{value:.2f} s' if unit == 's' else f'{value:,.0f}/s'
+    if unit == 'requests/s':
+        return f'{value:,.0f}/s'
+    return f'{value:.2f} s' if unit == 's' else f'{value:,.1f} {unit}'
 
 
 def table(rows):

@@ -8,17 +8,24 @@ from tests import lab
 
 SCRIPT = r"""
 import json, os, signal
+from control.monitor import read_all
+from host import netlink
 from host import process
 from host.maker import Maker, MakerError
 users = process.user_namespace('0 1879048192 1')
-maker, networks, own = Maker(), [], os.readlink('/proc/self/ns/net')
+maker, networks = Maker(), []
 
 def meanwhile(fd):
     networks.append(os.readlink(f'/proc/self/fd/{fd}'))
     os.close(fd)
 
+hears = netlink.listen(netlink.NETLINK_NETFILTER, netlink.NFNLGRP_NFTABLES)
 said = [maker.make(users, 'add table inet one\n', meanwhile), maker.make(users, 'add chain inet none x\n', meanwhile)]
-fds = len(os.listdir('/proc/self/fd'))
+own = [{maker.is_author(each) for each in read_all(hears)}]
+process.run(['nft', 'add', 'table', 'inet', 'zero'])
+own.append({maker.is_author(each) for each in read_all(hears)})
+own = [list(each) for each in own]
+net, fds = os.readlink('/proc/self/ns/net'), len(os.listdir('/proc/self/fd'))
 for _ in range(20):
     said.append(maker.make(users, 'add table inet two\n', meanwhile))
 os.kill(maker._child.pid, signal.SIGKILL)
@@ -41,7 +48,7 @@ maker.change('add table inet two\n')
 left = len(os.listdir('/proc/self/fd'))
 maker.close()
 tables = process.run(['nft', 'list', 'tables']).stdout
-print(json.dumps([said, [len(networks), own in networks], errors, left - fds, tables]))
+print(json.dumps([said, [len(networks), net in networks], own, errors, left - fds, tables]))
 """
 
 
@@ -50,14 +57,15 @@ class Process(unittest.TestCase):
     def test_it_makes_networks_and_says_what_is_wrong(self):
         with lab.Host('server') as host:
             answer = json.loads(host.run([sys.executable, '-c', SCRIPT]).stdout)
-        said, networks, errors, leaked, tables = answer
+        said, networks, own, errors, leaked, tables = answer
         self.assertEqual('', said[0])
         self.assertIn('No such file or directory', said[1])
         self.assertEqual([''] * 21, said[2:])
         self.assertEqual([22, False], networks)
         self.assertEqual(['MakerError', 'ValueError'], errors)
         self.assertEqual(0, leaked)
-        self.assertEqual(['table inet one', 'table inet three', 'table inet two'], sorted(tables.splitlines()))
+        self.assertEqual([[True], [False]], own)  # whose change the kernel tells of
+        self.assertEqual(['one', 'three', 'two', 'zero'], sorted(each.split()[2] for each in tables.splitlines()))
 
 
 if __name__ == '__main__':

@@ -59,6 +59,18 @@ class Looks(unittest.TestCase):
         self.assertIn('a fault of faasd', self.reports[0][1])
         self.assertEqual([1], done)
 
+    def test_only_a_message_that_matters_wakes(self):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with ours, theirs:
+            done = []
+            monitor = self.monitor(Check('rules', lambda: done.append(1), 5, ours, lambda message: message == b'other'))
+            monitor.look()
+            for messages, looks in (((b'own', b'own'), 1), ((b'own', b'other'), 2), ((b'own',), 2)):
+                for message in messages:
+                    theirs.send(message)
+                monitor.look({ours})
+                self.assertEqual(looks, len(done))
+
     def test_a_socket_wakes_its_check_before_its_time(self):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         with ours, theirs:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import sqlite3
 import urllib.request
+from collections.abc import Iterator
 
 from flask import Flask, request
 
@@ -18,7 +19,7 @@ app = Flask(__name__)
 
 
 @contextlib.contextmanager
-def notes():
+def notes() -> Iterator[sqlite3.Connection]:
     """The database, in which all is done or nothing."""
     with contextlib.closing(sqlite3.connect('/data/notes.db')) as db, db:
         db.execute('pragma journal_mode=wal')
@@ -27,19 +28,19 @@ def notes():
 
 
 @app.get('/')
-def all_notes():
+def all_notes() -> list[str]:
     with notes() as db:
         return [text for (text,) in db.execute('select text from notes order by id')]
 
 
 @app.post('/')
-def new_note():
+def new_note() -> tuple[str, int]:
     with notes() as db:
         db.execute('insert into notes (text) values (?)', (request.form['text'],))
     return 'kept\n', 201
 
 
 @app.get('/greeting')
-def greeting():
+def greeting() -> str:
     with urllib.request.urlopen(os.environ['GREETING'], timeout=10) as reply:
         return f'hello says: {reply.read().decode()}'
