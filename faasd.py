@@ -217,6 +217,7 @@ class Daemon:
             settings['nft_table'], settings['egress_ipv4'], registry.GATEWAY, registry.ZONE_SERVER, self._emit
         )
         self.volumes = Volumes(f'{STATE}/volumes', RUN, self._emit)
+        self._undo.callback(self.volumes.close)
         self.volumes.thaw()  # before the instances of a killed faasd are: a write that waits cannot be
         self._storage.add([self.secrets.folder, self.volumes.folder])
         self.containers = Containers(

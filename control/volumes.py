@@ -51,6 +51,11 @@ class Volumes:
         self.holders = Holders()
         self.wanted: Callable[[], list[tuple[str, Spec]]] = list
 
+    def close(self) -> None:
+        """Remove the place where volumes are looked at."""
+        with contextlib.suppress(OSError):
+            os.rmdir(self._mount_point)
+
     def thaw(self) -> None:
         """Let writes go on that a snapshot of a killed faasd has stopped. Before those who write are ended."""
         for name in self._names():

@@ -1816,7 +1816,7 @@ class TestUploads(unittest.TestCase):
     def test_a_folder_that_is_sent_without_the_client_is_told_what_it_lacks_too(self):
         for name, hint in (('Dockerfile', 'docker save IMAGE'), ('package.json', '"node", "server.js"'),
                            ('requirements.txt', 'add a handler.py'), ('notes', 'put a handler.py')):
-            reply = self.server.deploy('almost', images.layer((name, b'')))
+            reply = self.server.deploy('almost', images.layer((name, b'{}')))
             self.assertIn(hint, reply.json['hint'])
 
     def test_what_is_no_archive_is_said(self):
