@@ -133,7 +133,7 @@ class OneServer(unittest.TestCase):
         ):
             with self.subTest(name):
                 reply = self.deploy(name, serving.example(name)).json
-                self.assertEqual({'name', 'ipv6', 'dns', 'revision', 'warning', 'hint'}, set(reply))
+                self.assertEqual({'name', 'ipv6', 'dns', 'revision', 'serves', 'warning', 'hint'}, set(reply))
                 self.assertIsNone(reply['warning'])
                 self.assertEqual({'ipv6': reply['ipv6']}, self.server.api('GET', f'/api/ip/{name}').json)
                 self.assertIn(expected, self.server.get(reply['ipv6'], path))
@@ -160,7 +160,7 @@ class OneServer(unittest.TestCase):
         lab.wait_until(lambda: self.server.api('GET', '/api/logs/chatty').body == b'started\n', 5, 'the log')
 
     def test_the_log_is_bounded(self):
-        loud = 'import sys\nsys.stdout.write(("x" * 1023 + "\\n") * 6000)\n' + serving.HELLO % serving.answer('x')
+        loud = 'import sys\nsys.stdout.write("".join(f"{n:01023}\\n" for n in range(6000)))\n' + serving.HELLO % serving.answer('x')
         self.deploy('loud', {'handler.py': loud})
         folder = next(self.host.path('/var/lib/faasd/functions').glob('*/log.1')).parent
         sizes = lambda: sum(file.stat().st_size for file in folder.glob('log*'))  # noqa: E731
