@@ -24,6 +24,7 @@ import registry
 import vpn_manager
 from control.access import Caller
 from control.api import ControlAPI
+from control.builds import Builds
 from control.deployments import Deployments
 from control.enroll import EnrollPort, bound
 from control.events import Events, Refusals, attempt
@@ -41,6 +42,8 @@ from control.server import Limits as ServerLimits
 from control.settings import read_settings
 from control.storage import Storage
 from control.supervisor import Supervisor
+from control.volumes import Volumes
+from handlers.containers.building import BuildLimits, Workshop
 from handlers.containers.containers import Containers
 from handlers.containers.limits import Limits
 from handlers.containers.logs import LogCopier
@@ -213,7 +216,9 @@ class Daemon:
         self.egress = Egress(
             settings['nft_table'], settings['egress_ipv4'], registry.GATEWAY, registry.ZONE_SERVER, self._emit
         )
-        self._storage.add([self.secrets.folder])
+        self.volumes = Volumes(f'{STATE}/volumes', RUN, self._emit)
+        self.volumes.thaw()  # before the instances of a killed faasd are: a write that waits cannot be
+        self._storage.add([self.secrets.folder, self.volumes.folder])
         self.containers = Containers(
             f'faas-{self.registry.instance}',
             Limits(settings['memory'], settings['pids'], settings['cpus']),
@@ -224,8 +229,10 @@ class Daemon:
             layers_base,
             Limits(settings['memory_max'], settings['pids_max'], settings['cpus_max']),
             Private(f'{RUN}/private', self.secrets, settings['mounts']),
+            self.volumes,
             self.egress,
         )
+        self.volumes.holders = self.containers.volume_holders
         self._undo.callback(self.containers.close)
         live = {function.name: function.revision for function in self.registry.functions()}
         return self.containers.prepare(lambda record: live.get(record['function']) == record['revision'])
@@ -285,6 +292,7 @@ class Daemon:
             self.zone,
             self._emit,
         )
+        self.builds = self._make_builds()
         self.deployments = Deployments(
             self.functions,
             self.registry,
@@ -292,12 +300,22 @@ class Daemon:
             self.addresses,
             self.containers,
             self.secrets,
+            self.volumes,
+            self.builds,
             settings['max_upload'],
             self._emit,
         )
+        self.volumes.wanted = self.deployments.wanted
         self._undo.callback(lambda: self.functions.close(self._handover))
         self.addresses.sync()
         self.functions.open_all(left)
+
+    def _make_builds(self) -> Builds:
+        settings = self._settings
+        limits = BuildLimits(*(settings[f'build_{name}'] for name in ('memory', 'cpus', 'timeout', 'disk', 'egress')))
+        builds = Builds(f'{STATE}/builds', Workshop(self.containers, RUN, limits), self._emit)
+        builds.begin({function.name for function in self.registry.functions()})
+        return builds
 
     def _start_dns(self) -> None:
         self.zone.sync()
@@ -310,7 +328,7 @@ class Daemon:
 
     def _start_api(self) -> None:
         health = Health(self._problems, self._events, self.functions.list, self.guard.kind)
-        verbs = Verbs(self.functions, self.deployments, self.peers, health, self.refusals)
+        verbs = Verbs(self.functions, self.deployments, self.volumes, self.peers, health, self.refusals)
         self._undo.callback(self.refusals.tell)
         sock = unix_socket(f'{RUN}/faasd.sock')
         self._undo.callback(files.remove_file, f'{RUN}/faasd.sock')

@@ -1,5 +1,6 @@
 """The control API over HTTP: parse, ask may(), call, answer."""
 
+import codecs
 import contextlib
 import fcntl
 import http
@@ -19,12 +20,15 @@ from typing import Any
 from control.access import Caller, may
 from control.body import Body, RequestError, json_object
 from control.deployments import Change
+from control.volume_verbs import VolumeVerbs
+from handlers.containers.building import BuildFailed
 from handlers.serving.instance import StartFailed
 from host.errors import FaasError
 from registry import BadInvite
 
 UPLOAD_PAUSE_S = 300  # how long an upload may stand still: the program that makes the archive may be slow
 ACKNOWLEDGED_S = 2  # how long an answer may take to arrive before what it announces is done
+LINES = 'application/x-ndjson'  # what a client asks for that shows the output of a build
 FROM_MAX = 200  # characters of what a deploy was made from
 VERB_HINTS = {
     'stranger': "on the server use its socket: 'sudo faas …'",
@@ -32,12 +36,13 @@ VERB_HINTS = {
 }
 
 
-class ControlAPI(http.server.BaseHTTPRequestHandler):
+class ControlAPI(VolumeVerbs, http.server.BaseHTTPRequestHandler):
     """One connection. The server says who asks, and which verbs there are."""
 
     protocol_version = 'HTTP/1.1'
     default_request_version = 'HTTP/1.0'  # of what is no request: 0.9 would be answered without a status line
     server_version, sys_version = 'faasd', ''
+    _streams = False  # the answer has begun: it is lines of JSON
 
     ROUTES = {  # (method, path; * stands for a name): verb
         ('POST', '/api/new'): 'new',
@@ -52,6 +57,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         ('GET', '/api/secret'): 'secrets',
         ('POST', '/api/secret/*'): 'set_secret',
         ('DELETE', '/api/secret/*'): 'remove_secret',
+        **VolumeVerbs.VOLUME_ROUTES,
         ('POST', '/api/vpn/create'): 'vpn_create',
         ('POST', '/api/vpn/invite'): 'vpn_invite',
         ('GET', '/api/vpn/list'): 'vpn_list',
@@ -139,6 +145,8 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
                 'log': [] if error.log == [first_line] else error.log,
                 'hint': error.hint or 'nothing has changed on the server; correct the function and deploy it again',
             }
+        elif isinstance(error, BuildFailed):
+            answer['log'] = [] if self._streams else error.log  # it was streamed
         with contextlib.suppress(OSError):
             self._answer(json.dumps(answer).encode(), status)
 
@@ -162,6 +170,11 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         content_type: str = 'application/json',
         headers: tuple[tuple[str, str], ...] = (),
     ) -> None:
+        if self._streams:
+            self._chunk(b'{"status": %d, "answer": %s}\n' % (status, body))
+            self._chunk(b'')
+            self._streams = False
+            return
         self.send_response(status)
         self.send_header('Content-Type', content_type)
         self.send_header('Content-Length', str(len(body)))
@@ -194,10 +207,29 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
             is_wanted=self._client_is_there,
             stop_reading=self._stop_reading,
             may_mount=may(caller, 'mount'),
+            tell=self._tell if self.headers.get('Accept') == LINES else lambda data: None,
+            needs=self._query.get('needs', '').split(','),
             by=str(caller),
         )
         self._body.finished()
         self._json(answer)
+
+    def _tell(self, data: bytes) -> None:
+        """Send output of a build: a line of JSON. After that the answer is the last line."""
+        if not self._streams:
+            if self.request_version == 'HTTP/1.0':  # it knows no chunks
+                return
+            self.send_response(200)
+            self.send_header('Content-Type', LINES)
+            self.send_header('Transfer-Encoding', 'chunked')
+            self.send_header('Connection', 'close')
+            self.end_headers()
+            self._streams = True
+            self._decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        self._chunk(json.dumps({'output': self._decoder.decode(data)}).encode() + b'\n')
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(b'%x\r\n%s\r\n' % (len(data), data))
 
     def _stop_reading(self) -> None:
         """End the body, also under a thread that waits for more of it. The answer can still be sent."""
@@ -245,7 +277,7 @@ class ControlAPI(http.server.BaseHTTPRequestHandler):
         self._json(self.server.verbs.deployments.describe(name))
 
     def _remove(self, caller: Caller, name: str) -> None:
-        self.server.verbs.functions.remove(name, str(caller))
+        self.server.verbs.deployments.remove(name, str(caller))
         self._answer(b'')
 
     def _secrets(self, caller: Caller, _: None) -> None:

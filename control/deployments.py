@@ -5,11 +5,13 @@ import shutil
 from collections.abc import Callable, Iterable
 
 import registry
+from control.builds import Builds
 from control.events import Emit, attempt
 from control.functions import Ending, Functions
 from control.projection import Projection
 from control.revisions import Revisions
 from control.secrets import SecretInUse, Secrets, users
+from control.volumes import Volumes
 from handlers.containers.containers import Containers
 from handlers.containers.private import MountRefused
 from handlers.images import wants
@@ -61,12 +63,15 @@ class Deployments:
         addresses: Projection,
         containers: Containers,
         secrets: Secrets,
+        volumes: Volumes,
+        builds: Builds,
         max_upload: int,
         emit: Emit,
     ) -> None:
         self._functions, self._registry, self._revisions, self._addresses = functions, known, revisions, addresses
         self._bounds, self._private = containers.bounds, containers.private
-        self._secrets, self._max_upload, self._emit = secrets, max_upload, emit
+        self._secrets, self._volumes, self._builds = secrets, volumes, builds
+        self._max_upload, self._emit = max_upload, emit
 
     # Verbs
 
@@ -82,6 +87,8 @@ class Deployments:
         is_wanted: Callable[[], bool] = lambda: True,
         stop_reading: Callable[[], None] = lambda: None,
         may_mount: bool = False,
+        tell: Callable[[bytes], object] = lambda data: None,
+        needs: Iterable[str] = (),
         by: str,
     ) -> dict:
         """Deploy the archive that read(n) gives as `name`: `length` bytes, or all bytes when that is None.
@@ -90,21 +97,29 @@ class Deployments:
         function wants from now on, `may_mount` whether it may have folders of the server, `by` who asks. The former
         revision serves until the new one is ready. When is_wanted() says that nobody waits for the answer any more, all
         is undone.
-        stop_reading() is called when faasd ends. read() must end then, also one that is under way.
+        stop_reading() is called when faasd ends. read() must end then, also one that is under way. tell() is given the
+        output of a build. `needs` are programs that a build will need.
         """
         registry.check_name(name, registry.RESERVED)
         if length is not None and length > self._max_upload:
             raise TooLarge(f'{length} bytes are', self._max_upload)
+        self._builds.need(needs)
         with self._functions.changes.one(stop_reading), contextlib.ExitStack() as undo:
             undo.push(lambda error, *_: self._revisions.collect_layers() if error else None)
             staging = undo.enter_context(self._revisions.staging(reference))
             self._receive(staging, read if length is not None else bounded(read, self._max_upload), length, is_wanted)
+            self._build(name, staging, tell, is_wanted)
 
             def put(function: registry.Function, number: int) -> None:
                 staging.keep(self._revisions.folder(function, number))
 
             started = self._start(name, source, change or Change(), put, is_wanted, may_mount)
         return self._serve(*started, 'Deployed', f'by {by}')
+
+    def remove(self, name: str, by: str) -> None:
+        """Remove a function and what its builds keep. Raises NotFound."""
+        self._functions.remove(name, by)
+        self._builds.forget(name)
 
     def configure(
         self,
@@ -167,12 +182,7 @@ class Deployments:
         ]
 
     def _users(self, name: str) -> list[str]:
-        wanted = []
-        for function in self._registry.functions():
-            with contextlib.suppress(FaasError):  # one that cannot be read wants nothing until it is deployed again
-                spec = self._revisions.effective(self._described(function), function.config)
-                wanted.append((function.name, spec.settings))
-        return users(name, wanted)
+        return users(name, ((function, spec.settings) for function, spec in self.wanted()))
 
     def _same_code(
         self, name: str, change: 'Change', is_wanted: Callable[[], bool], may_mount: bool, verb: str, more: str
@@ -193,6 +203,17 @@ class Deployments:
         except (FaasError, OSError, EOFError) as error:
             if self._functions.changes.ended:
                 staging.removal_s = ENDING_REMOVAL_S
+                raise Ending from error
+            raise
+
+    def _build(
+        self, name: str, staging: Staging, tell: Callable[[bytes], object], is_wanted: Callable[[], bool]
+    ) -> None:
+        """Have it built if it needs that. Raises Ending soon when faasd ends, and what Builds.build does."""
+        try:
+            self._builds.build(name, staging, tell, lambda: is_wanted() and not self._functions.changes.ended)
+        except ConnectionAbortedError as error:
+            if self._functions.changes.ended:
                 raise Ending from error
             raise
 
@@ -223,6 +244,7 @@ class Deployments:
                 hint = "on the server, with sudo; 'faas config' shows what the function asks for"
                 raise MountRefused('only root deploys what asks for folders of the server (mounts)', hint)
             self._private.check(revision.spec)
+            steps.callback(self._volumes.prepare(name, revision.spec))
             pool = self._functions.pool_for(function, steps)
             instance = self._up(pool, revision, is_wanted)
             steps.callback(pool.discard, instance)
@@ -306,6 +328,15 @@ class Deployments:
             'limits': self._bounds.of(spec)._asdict(),
             'instances': self._functions.instances(function),
         }
+
+    def wanted(self) -> list[tuple[str, Spec]]:
+        """[(name, Spec)] of the live functions. One that cannot be read wants nothing until it is deployed again."""
+        found = []
+        for function in self._registry.functions():
+            with contextlib.suppress(FaasError):
+                spec = self._revisions.effective(self._described(function), function.config)
+                found.append((function.name, spec))
+        return found
 
     def _described(self, function: registry.Function) -> Spec:
         try:

@@ -19,6 +19,7 @@ from control.events import Refusals
 from control.functions import Functions
 from control.health import Health
 from control.peers import Peers
+from control.volumes import Volumes
 from registry import PEERS
 
 BACKLOG = 128
@@ -30,6 +31,7 @@ class Verbs(NamedTuple):
 
     functions: Functions
     deployments: Deployments
+    volumes: Volumes
     peers: Peers
     health: Health
     refusals: Refusals

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 
-CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x20000, 0x10000000, 0x40000000
 MOST_TEXT = 128 << 10  # of one message
 LIBRARY = 'libnftables.so.1'  # what nft is made of
 
@@ -79,10 +79,18 @@ class Rules:
         return self._library.nft_ctx_get_error_buffer(self._context) or b'nft failed'
 
 
+def go_home() -> None:
+    """Leave the mount namespace of the thread that started this: what is mounted there would stay as long as we do."""
+    with open(f'/proc/{os.getppid()}/ns/mnt') as file:
+        if libc.setns(file.fileno(), CLONE_NEWNS):
+            raise OSError(ctypes.get_errno(), 'setns')
+    os.chdir('/')
+
+
 def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.chdir('/')
+    go_home()
     rules, spare = Rules(), Spare(channel)
     while True:
         text, fds, _, _ = socket.recv_fds(channel, MOST_TEXT, 1)

@@ -26,7 +26,7 @@ import tempfile
 import time
 from typing import NamedTuple
 
-from tests import bench_egress, images, lab, packages, serving
+from tests import bench_builds, bench_egress, images, lab, packages, serving
 
 GATEWAY = 'fd00:faa5:0:100::1'
 STATE = '/var/lib/faasd'
@@ -501,6 +501,7 @@ ROWS = {  # the row that is asked for: what else comes with it
     'deploy-500MB-memory': 'redeploy-500MB-memory',
     'go-keepalive': None,
     'go-new-connections': None,
+    bench_builds.ROW: None,
     **dict.fromkeys(bench_egress.BOUNDS),
 }
 
@@ -512,6 +513,7 @@ def measure(bench, wanted):
             yield from deploy_rows(bench, suffix, on_disk)
     if not wanted.isdisjoint(('go-keepalive', 'go-new-connections')):
         yield from serve_rows(bench, wanted)
+    yield from bench_builds.rows(bench, wanted, check, compared)
     if not wanted.isdisjoint(bench_egress.BOUNDS):
         yield from bench_egress.rows(bench, wanted, check, compared, grouped)
 

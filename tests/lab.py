@@ -23,6 +23,7 @@ SERVER = ('203.0.113.10/24', '2001:db8::10/64')
 LAPTOP = ('203.0.113.20/24', '2001:db8::20/64')
 CLONE_NEWPID = 0x20000000
 CLOSE_TIMEOUT_S = 30
+YOUNG_S = 10                                        # a process has joined an older cgroup, or never will
 
 # PID 1 of a host. $1 its name, $2 a folder to build on, then the folders that an overlay of / does not show.
 # /sys is not mounted afresh: that would hide the cgroups, and runc needs them. An ignored SIGCHLD survives
@@ -283,7 +284,8 @@ def faas_cgroups():
 def remove_cgroups(run, others):
     """Remove the cgroups that runc's state files below the folder `run` name, and what they left empty.
 
-    `others` were there before. What other hosts made since is in use, or empty and their runc makes it again.
+    `others` were there before. What other hosts made since is in use, or empty and their runc makes it again; but for
+    that of listeners, which is empty until a process joins it.
     """
     cgroups = set()
     for folder, _, _ in os.walk(f'{run}/'):        # not glob's **: that follows links, out into this machine
@@ -293,7 +295,8 @@ def remove_cgroups(run, others):
         remove_tree(each)
     for each in faas_cgroups() - others:
         with contextlib.suppress(OSError):
-            os.rmdir(each)
+            if 'listeners' not in each or time.time() - os.stat(each).st_mtime > YOUNG_S:
+                os.rmdir(each)
 
 
 def remove_tree(cgroup):

@@ -26,7 +26,7 @@ class Served(unittest.TestCase):
         sock = socket.socket(socket.AF_UNIX)
         sock.bind(self.path)
         limits = Limits(**{'threads': 4, 'idle_s': 5, **limits})
-        verbs = Verbs(None, None, None, None, self.refusals)
+        verbs = Verbs(None, None, None, None, None, self.refusals)
         server = ControlServer(sock, lambda address: Caller('local'), limits, verbs, 'api')
         self.addCleanup(server.close)
         return server

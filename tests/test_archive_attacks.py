@@ -309,7 +309,7 @@ class Odd(StagedImages):
             ("the spec's env is not valid", images.image([BASE], {**RUN, 'Env': ['A=\ud800']})),
             ('settings are too long', images.image([BASE], {**RUN, 'Env': ['A=' + 'x' * (2 << 20)]})),
             ('nested too deeply', images.image([images.layer(*chain, ('x', b''))], RUN)),
-            (r"'a\\nb\\x1b\[31m' is a device", self.of(('a\nb\x1b[31m', b'', {'type': tarfile.CHRTYPE}))),
+            (r"'a\\nb\\x1b\[31m' is a sparse file", self.of(('a\nb\x1b[31m', b'', {'type': tarfile.GNUTYPE_SPARSE}))),
             ('which is not in its layer', self.of(('l', '/../..'), ('h', images.Hard('l/etc/passwd')))),
             ('not permitted', self.of(('d/', None), ('h', images.Hard('d')))),
             ('is a file, which an image cannot hold', self.of(('.', b''))),

@@ -41,6 +41,17 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 Server(('::', int(sys.argv[1])), Page).serve_forever()
 """
 
+OLD = """
+import os, socket
+listener = socket.create_server(('0.0.0.0', 80))
+while True:
+    connection, _ = listener.accept()
+    with connection, socket.socket(fileno=os.dup(connection.fileno())) as same:
+        print(same.getpeername()[0])
+        connection.recv(65536)
+        connection.sendall(b'HTTP/1.0 200 OK\\r\\n\\r\\n')
+"""
+
 
 @lab.needs_root
 class Brought(unittest.TestCase):
@@ -82,6 +93,14 @@ class Brought(unittest.TestCase):
         said = '[faasd] idle for 1 s, stopped'
         lab.wait_until(lambda: said in self.server.api('GET', '/api/logs/ports').body.decode(), 15, said)
         self.assertEqual('page', self.server.get(reply.json['ipv6']))
+
+    def test_a_server_for_ipv4_alone_that_sees_the_right_address_has_no_warning(self):
+        files = {'server.py': OLD, 'faas.toml': 'command = "python3 -u server.py"'}
+        self.assertIsNone(self.server.deploy('right', files).json['warning'])
+        silent = 'command = "sh -c \\"python3 -m http.server 80 --bind 0.0.0.0 2>/dev/null\\""'
+        reply = self.server.deploy('silent', {'faas.toml': silent}).json
+        self.assertIn('it works, but may see wrong client addresses', reply['warning'])
+        self.assertIn('as --bind :: does', reply['hint'])
 
 
 if __name__ == '__main__':

@@ -733,16 +733,46 @@ class TestApi(ApiCase):
         self.assertIn('/api/new?name=mine&from=.', server.seen[-1][1])
         self.fails('new', '../Mine/', code=2, says="'Mine' is not a name", hints='./faas new NAME ../Mine/')
 
+    def test_a_build_is_shown_while_it_runs_and_its_last_line_counts(self):
+        self.in_a_folder_with_examples()
+
+        def lines(*said):
+            def answer(handler, body):
+                handler.send_response(200)
+                handler.send_header('Content-Type', 'application/x-ndjson')
+                handler.send_header('Transfer-Encoding', 'chunked')
+                handler.end_headers()
+                for each in (*(json.dumps(line).encode() + b'\n' for line in said), b''):
+                    handler.wfile.write(b'%x\r\n%s\r\n' % (len(each), each))
+            return answer
+
+        good = {'ipv6': 'fd00:faa5:1:0::a', 'dns': 'app.faas', 'warning': None, 'hint': None}
+        output = {'output': 'Collecting \x1b[1mflask'}, {'output': '\nDone'}
+        server = self.serve(lines(*output, {'status': 200, 'answer': good}))
+        package = '{"dependencies": {"x": "1"}}'
+        self.folder({'requirements.txt': 'flask\n', 'handler.py': '', 'package.json': package}, 'app')
+        code, out, err = self.faas('new', 'app')
+        self.assertEqual((0, True), (code, 'Collecting ?[1mflask\nDone\n' in err), err)
+        self.assertIn('Deployed app at', out)
+        self.assertIn('&needs=pip,npm', server.seen[-1][1])
+        refused = {'status': 422, 'answer': {'error': 'the build ended', 'hint': 'a hint'}}
+        for said, says in (
+            ((*output, refused), 'error: the build ended\nhint: a hint\n'),
+            (output, 'the answer broke off in the middle'),
+            (({'other': 1},), 'it does not speak HTTP'),
+        ):
+            self.serve(lines(*said))
+            code, _, err = self.faas('new', 'app')
+            self.assertEqual((1, True), (code, says in err), err)
+
     def test_a_folder_that_is_almost_a_function_is_told_what_it_lacks(self):
         self.in_a_folder_with_examples()
         for files, hint in ((('Dockerfile', 'package.json'), 'there is a Dockerfile: build it and hand over the image: '
                              'docker build -t app ./app && docker save app | ./faas new app'),
                             (('Containerfile',), 'there is a Containerfile: build it'),
-                            (('package.json',), 'there is a package.json: add a faas.toml with the line: '
-                             'command = ["node", "server.js"]'),
                             (('requirements.txt',), 'there is a requirements.txt: add a handler.py, or a faas.toml'),
                             (('compose.yaml',), 'there is a compose.yaml: each service'),
-                            (('go.mod',), 'there is a go.mod: build the program'),
+                            (('Cargo.toml',), 'there is a Cargo.toml: build the program'),
                             (('notes',), 'to name another: ./faas new app PATH')):
             shutil.rmtree('app', ignore_errors=True)
             self.folder(dict.fromkeys(files, ''), 'app')

@@ -153,6 +153,43 @@ class Installed(unittest.TestCase):
         finally:
             self.server.sh('systemctl stop faasd; umount --lazy /var/lib/faasd; systemctl start faasd')
 
+    def test_secrets_and_folders_of_the_server_under_the_hardened_unit(self):
+        service = '[Service]\nRuntimeDirectory=clock\nExecStart=/bin/sh -c "date +%%N >/run/clock/now; sleep 9999"\n'
+        handler = (
+            'def app(environ, start_response):\n'
+            '    start_response("200 OK", [])\n'
+            '    now = open("/run/clock/now").read()\n'
+            '    with open("/srv/shared/" + now.strip(), "w") as file:\n'
+            '        file.write(open("/run/secrets/KEY").read())\n'
+            '    return [now.encode()]\n'
+        )
+        env = self.server.sh('cat /etc/faasd/faasd.env')
+        self.server.write('/etc/systemd/system/clock.service', service)
+        self.server.write('/etc/faasd/faasd.env', f'{env}FAAS_MOUNTS=/run/clock /srv/shared:rw\n')
+        self.server.write('/home/joe/tells/handler.py', handler)
+        wanted = 'secrets = ["KEY"]\n[mounts]\n"/run/clock" = "ro"\n"/srv/shared" = "rw"\n'
+        self.server.write('/home/joe/tells/faas.toml', wanted)
+        try:
+            self.server.sh('mkdir -m 777 /srv/shared; systemctl start clock; systemctl restart faasd')
+            self.assertEqual('Set KEY\n', self.server.sh('echo value | faas secret set KEY 2>&1'))
+            self.assertEqual('systemd-creds\n', self.server.sh('head -n 1 /var/lib/faasd/secrets/KEY'))
+            self.server.sh('usermod -aG faas joe')
+            code, output = self.server.type('sg faas -c "faas new tells"')
+            self.assertEqual((1, True), (code, 'only root deploys' in output), output)
+            self.server.sh('faas new tells /home/joe/tells')
+            ipv6 = self.server.sh('faas ip tells').strip()
+            told = f'curl -sg --max-time 10 "http://[{ipv6}]/"'
+            first = self.server.sh(told)
+            self.assertEqual(first, self.server.sh('cat /run/clock/now'))
+            self.assertEqual('value', self.server.sh('cat /srv/shared/*'))
+            self.server.sh('systemctl restart clock')
+            now = lab.wait_until(lambda: self.server.sh('cat /run/clock/now', ok=None), 10, 'the clock')
+            lab.wait_until(lambda: self.server.sh(told) == now != first, 20, 'the new one')
+        finally:
+            self.server.write('/etc/faasd/faasd.env', env)
+            self.server.sh('gpasswd -d joe faas; faas rm -y tells; faas secret rm KEY; systemctl stop clock', ok=None)
+            self.server.sh('rm -r /srv/shared; systemctl restart faasd')
+
     def test_a_killed_faasd_and_a_killed_coredns_come_back(self):
         self.server.sh('systemctl kill --signal=KILL faasd faas-coredns')
         lab.wait_until(lambda: is_active(self.server, 'faasd', 'faas-coredns'), 20, 'both')

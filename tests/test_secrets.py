@@ -4,6 +4,7 @@ import os
 import pathlib
 import random
 import tempfile
+import threading
 import unittest
 import unittest.mock
 
@@ -190,6 +191,25 @@ class Given(unittest.TestCase):
         self.faas('rm', 'reads', '--yes')
         self.assertEqual('Removed KEY\n', self.faas('secret', 'rm', 'KEY').stdout)
         self.assertEqual('No secrets yet.', self.faas('secret', 'list').stdout.splitlines()[0])
+
+    def test_a_deploy_beside_a_change_ends_with_the_new_value(self):
+        self.server.api('POST', '/api/secret/BESIDE', b'former')
+        source = 'import os, time\nprint("begins", flush=True)\ntime.sleep(0.7)\n'
+        source += 'def app(e, s):\n    s("200 OK", [])\n    return [os.environ["V"].encode()]\n'
+        files = {'handler.py': source, 'faas.toml': '[env]\nV = {secret = "BESIDE"}\n'}
+        replies = []
+        deploy = threading.Thread(target=lambda: replies.append(self.server.deploy('beside', files)))
+        deploy.start()
+        try:
+            logs = '/var/lib/faasd/functions/*/log'
+            lab.wait_until(lambda: 'begins' in self.host.sh(f'cat {logs} 2>/dev/null; true'), 10, 'its start')
+            self.assertEqual([], self.server.api('POST', '/api/secret/BESIDE', b'new').json['redeployed'])
+        finally:
+            deploy.join(30)
+        self.assertEqual((200, 2), (replies[0].status, replies[0].json['revision']), replies[0].body)
+        self.assertEqual('new', self.server.get(replies[0].json['ipv6']))
+        self.faas('rm', 'beside', '--yes')
+        self.faas('secret', 'rm', 'BESIDE')
 
     def test_what_the_api_refuses(self):
         before = self.server.api('GET', '/api/secret').json

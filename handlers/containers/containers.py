@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from handlers.containers import bundle, protocol, rootfs
+from handlers.containers import bundle, protocol, rootfs, volumes
 from handlers.containers.bundle import ID_RANGE
 from handlers.containers.limits import Bounds, Limits, hits, usage
 from handlers.containers.private import Private
@@ -50,10 +50,12 @@ class Containers:
         layers_base: int | None = None,
         most: Limits | None = None,
         private: Private | None = None,
+        volume_store: volumes.VolumeStore | None = None,
         egress: Egress | None = None,
     ) -> None:
         self.prefix, self._id_base, self._egress = prefix, id_base, egress
         self.bounds, self.private = Bounds(limits, most or limits), private or Private(f'{run_dir}/private')
+        self._volume_store, self.volume_holders = volume_store, volumes.Holders()
         self._layers_base = layers_base or id_base  # the first of the ids that own the files of layers
         self._cgroup = f'{cgroup}/{prefix}'
         self._rootfs, self._instances = os.path.join(run_dir, 'rootfs'), os.path.join(run_dir, 'instances')
@@ -83,10 +85,11 @@ class Containers:
         return kept
 
     def _end_leftovers(self, wanted):
-        kept = []
+        kept, records = [], {}
         folders = [folder for folder in (self._instances, *self._roots.values()) if os.path.isdir(folder)]
         for ident in {ident for folder in folders for ident in os.listdir(folder)}:
             record, container = self._left(ident)
+            records[ident] = record
             if container and record['listener'] is not None and wanted(record):
                 kept.append((record, container))
                 if self._egress and 'egress' in record:
@@ -105,6 +108,10 @@ class Containers:
             for fd, _ in living.poll(100):
                 living.unregister(fd)
                 running.discard(fd)
+        leftovers = [container for container in self._leftovers.values() if container and container.pidfd in running]
+        for container in (*leftovers, *(container for _, container in kept)):
+            record = records[container.ident]
+            self.volume_holders.take(container.ident, record['function'], record.get('volumes', {}), sure=True)
         return kept
 
     def _left(self, ident):
@@ -178,12 +185,13 @@ class Containers:
         output: int,
         channel: int | None = None,
         cookie: int | None = None,
+        more: Callable[[dict, int], None] | None = None,
     ) -> 'Container':
         """A running Container for a revision of function `name`. `tree` is the folder of its files, or of all layers.
 
         Borrows `output`, the writing end of the log, and `channel`, the end of the runtime. A program that does not run
-        under runtime.py has no channel: `cookie` is that of the listener it will get. Raises ContainerError; nothing is
-        left then.
+        under runtime.py has no channel: `cookie` is that of the listener it will get. more(configuration, user
+        namespace) may change what the runtime gets. Raises ContainerError; nothing is left then.
         """
         ident = f'{self.prefix}-{secrets.token_hex(4)}'
         with self._lock:
@@ -195,6 +203,8 @@ class Containers:
         try:
             with contextlib.ExitStack() as undo:
                 undo.callback(self._delete, ident)
+                wanted = dict.fromkeys(spec.settings.get('volumes', ()), spec.overlaps)
+                self.volume_holders.take(ident, name, wanted)
                 if self._egress:
                     undo.callback(self._egress.detach, ident)
                 os.mkdir(bundle_dir, 0o700)
@@ -209,6 +219,7 @@ class Containers:
                     'stop_signal': spec.stop_signal,
                     'listener': cookie,
                     'memory': self.bounds.of(spec).memory,
+                    'volumes': wanted,
                 }
                 self._write(bundle_dir, 'record.json', record)
                 notifier = undo.enter_context(listening(os.path.join(bundle_dir, NOTIFIER), 0o600))
@@ -216,10 +227,10 @@ class Containers:
                 if channel is None:
                     os.mkdir(os.path.join(bundle_dir, 'control'))
                     control = undo.enter_context(listening(os.path.join(bundle_dir, 'control', 'control.sock'), 0o666))
-                run = [ident, name, spec, tree, bundle_dir, base, {1: output, 2: output}]
+                run = [ident, name, spec, tree, bundle_dir, base, {1: output, 2: output}, more]
                 if channel is not None:
-                    run[-1][protocol.CHANNEL_FD] = channel
-                if spec.layers or self.private.is_wanted(spec):
+                    run[-2][protocol.CHANNEL_FD] = channel
+                if spec.layers or wanted or self.private.is_wanted(spec):
                     rootfs.apart(lambda: self._run(*run))
                 else:
                     self._run(*run)
@@ -239,7 +250,7 @@ class Containers:
                 raise ContainerError(str(error), getattr(error, 'hint', None)) from error
             raise
 
-    def _run(self, ident, name, spec, tree, bundle_dir, base, fds):
+    def _run(self, ident, name, spec, tree, bundle_dir, base, fds, more):
         """Let the OCI runtime start the container with the descriptors `fds`."""
         make, limits = self._configurations, self.bounds.of(spec)
         users = self._mapping(0, base, ID_RANGE if spec.layers else 1)
@@ -253,6 +264,9 @@ class Containers:
             make.add_folder(config, spec, tree)
         if protocol.CHANNEL_FD not in fds:
             make.add_ways_to_serve(config, spec, bundle_dir)
+        if spec.settings.get('volumes'):
+            ids = users if spec.layers else self._mapping(volumes.FOLDER_ID, base, 1)
+            volumes.add(config, spec, self._image, self._volume_store, ids, base)
         # The instance must own its output to open /dev/stdout, where the log files of many images lead.
         user = config['process']['user']
         os.fchown(fds[1], base + user['uid'], base + user['gid'])
@@ -271,6 +285,8 @@ class Containers:
                 file.write(self._egress.resolv_conf(link))
             os.chmod(resolv, 0o644)
             bundle.add_egress(config, link.namespace, resolv)
+        if more:
+            more(config, users)
         self._write(config_dir, 'config.json', config)
         bound_sockets(f'{MEMORY_V1}{self._cgroup}/{ident}', limits.memory)
         pid_file, errors = os.path.join(bundle_dir, 'pid'), os.path.join(bundle_dir, 'runtime.log')
@@ -361,6 +377,7 @@ class Containers:
             with contextlib.suppress(OSError):
                 os.rmdir(os.path.join(where, ident))
         shutil.rmtree(os.path.join(self._instances, ident), ignore_errors=True)
+        self.volume_holders.release(ident)
 
     @staticmethod
     def _write(bundle_dir: str, name: str, content: dict) -> None:

@@ -13,7 +13,7 @@ import shutil
 import stat
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from host import process
 from host.errors import FaasError
@@ -145,7 +145,7 @@ def mount(where: str, layers: list[str], ids: int, size: int, owner: int) -> str
     layers = list(dict.fromkeys(reversed(layers)))
     for number, layer in enumerate(layers):
         os.mkdir(f'layers/{number}')
-        _map(layer, f'layers/{number}', ids)
+        map_ids(layer, f'layers/{number}', ids, MOUNT_ATTR_RDONLY)
     os.chmod('upper', stat.S_IMODE(os.stat('layers/0').st_mode))
     os.chown('upper', owner, owner)
     os.symlink('run/faas/control.sock', 'upper/control.sock')
@@ -158,10 +158,25 @@ def mount(where: str, layers: list[str], ids: int, size: int, owner: int) -> str
     return os.path.join(where, 'root')
 
 
-def _map(layer, where, ids):
-    """Mount the folder `layer` at `where`, read-only, with the owners mapped by the user namespace `ids`."""
+def scratch(where: str, lower: str, paths: Iterable[str]) -> str:
+    """Mount at `where` a tmpfs with the read-only tree `lower` that has also the folders `paths`; returns its path.
+
+    To be called by apart().
+    """
+    _checked(libc.mount(b'tmpfs', os.fsencode(where), b'tmpfs', MS_NOSUID | MS_NODEV, b'mode=755'), 'mount')
+    points, root = os.path.join(where, 'points'), os.path.join(where, 'root')
+    os.mkdir(root)
+    for path in paths:
+        os.makedirs(points + path)
+    options = os.fsencode(f'lowerdir={points}:{lower}')
+    _checked(libc.mount(b'overlay', os.fsencode(root), b'overlay', MS_NODEV, options), 'mount of the root')
+    return root
+
+
+def map_ids(layer: str, where: str, ids: int, attributes: int = 0) -> None:
+    """Mount the folder `layer` at `where` with the owners mapped by the user namespace `ids`. Raises ImageUnusable."""
     try:
-        attach(layer, where, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV, ids)
+        attach(layer, where, attributes | MOUNT_ATTR_NODEV, ids)
     except CannotMap as error:
         raise ImageUnusable(
             f'the file system of {os.path.dirname(layer)} cannot map ids (ext4, xfs and btrfs can): {error}'
@@ -214,17 +229,24 @@ def open_at(folder: int, path: str, flags: int, resolve: int) -> int:
 
 def read_within(root: str, path: str) -> list[str]:
     """The lines of the text file `path` in a tree of a stranger, [] without one. Links cannot lead out of the tree."""
-    top = os.open(root, os.O_PATH | os.O_CLOEXEC)
-    try:
-        fd = open_at(top, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, RESOLVE_IN_ROOT)
-    except OSError:
+    fd = open_within(root, path)
+    if fd is None:
         return []
-    finally:
-        os.close(top)
     with open(fd, 'rb') as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             return []
         return file.read(MOST_ACCOUNTS).decode(errors='replace').splitlines()
+
+
+def open_within(root: str, path: str, flags: int = 0) -> int | None:
+    """A descriptor (owned by the caller) to read `path` in a tree of a stranger. None: there is no such thing."""
+    top = os.open(root, os.O_PATH | os.O_CLOEXEC)
+    try:
+        return open_at(top, path, flags | os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, RESOLVE_IN_ROOT)
+    except OSError:
+        return None
+    finally:
+        os.close(top)
 
 
 def find_user(root: str, user: str) -> tuple[dict, str]:

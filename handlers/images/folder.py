@@ -1,6 +1,7 @@
 """The folder of a function: unpacks it from a tar, and reads from faas.toml, Procfile or handler.py how it starts."""
 
 import contextlib
+import json
 import os
 import pathlib
 import py_compile
@@ -15,6 +16,7 @@ from handlers.images.tar import Member, members
 
 COMPILE_S, COMPILE_BYTES_A_SECOND = 3, 50_000  # of one processor; it takes a tenth of that
 FOLDER_ENTRIES, FOLDER_DEPTH = 20_000, 32
+PROGRAM = '.faas/program'  # what go build makes for a folder without a command
 MOST_SETTINGS = 16 << 10  # bytes of a faas.toml or a Procfile: tomllib takes time by the square of a key's length
 
 
@@ -29,7 +31,7 @@ FOLDER_HINT = 'send a tar of the folder that holds handler.py, faas.toml or a Pr
 ENTRY_HINT = 'put a handler.py, a faas.toml with `command = […]` or a Procfile into it'
 ALMOST = {  # what a folder without an entry has instead, and what it needs then
     'Dockerfile': 'build the image and send that: docker save IMAGE | faas new NAME',
-    'package.json': 'add a faas.toml with the line: command = ["node", "server.js"]',
+    'package.json': 'add a start script to it, or a faas.toml with the line: command = ["node", "server.js"]',
     'requirements.txt': 'add a handler.py, or a faas.toml with the line: command = ["python3", "server.py"]',
 }
 
@@ -119,6 +121,8 @@ def folder_spec() -> dict:
     if command is None:
         command, warnings = procfile()
     if command is None and not os.path.isfile('handler.py'):
+        command = built_program() or npm_start()
+    if command is None and not os.path.isfile('handler.py'):
         seen = next(filter(os.path.isfile, ALMOST), None)
         raise ImageError(
             'there is no handler.py in the folder, no command in a faas.toml, and no Procfile',
@@ -133,16 +137,39 @@ def folder_spec() -> dict:
     }
 
 
-def read_settings(name: str) -> str | None:
+def built_program() -> list[str] | None:
+    """The command of a folder that has a Go program and no other command."""
+    return [f'./{PROGRAM}'] if os.path.isfile('go.mod') else None
+
+
+def npm_start() -> list[str] | None:
+    """The command that `npm start` runs, None without one. Raises ImageError."""
+    text = read_settings('package.json', 1 << 20)
+    if text is None:
+        return None
+    try:
+        package = json.loads(text)
+        scripts = package.get('scripts') or {}
+        start = scripts.get('start')
+        if start is None:
+            return ['node', 'server.js'] if os.path.isfile('server.js') else None
+        if re.fullmatch(r'[\w@%+=:,./\s-]+', start, re.ASCII) and '=' not in start.split()[0]:
+            return start.split()
+        return ['sh', '-c', wants.text(r'[^\0]+')(start)]
+    except (ValueError, RecursionError, AttributeError, TypeError, IndexError) as error:
+        raise ImageError('package.json is not an object with scripts of text') from error
+
+
+def read_settings(name: str, most: int = MOST_SETTINGS) -> str | None:
     """The text of a small file here, or None if there is none. Raises ImageError."""
     if not os.path.isfile(name):
         if os.path.lexists(name):
             raise ImageError(f'{name} is not a file')
         return None
     with open(name, 'rb') as file:
-        data = file.read(MOST_SETTINGS + 1)
-    if len(data) > MOST_SETTINGS:
-        raise ImageError(f'{name} has more than {MOST_SETTINGS} bytes')
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ImageError(f'{name} has more than {most} bytes')
     try:
         return data.decode()
     except UnicodeDecodeError as error:

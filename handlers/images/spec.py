@@ -53,6 +53,16 @@ class Spec(NamedTuple):
             settings=found,
         )
 
+    @property
+    def overlaps(self) -> bool:
+        """True if two instances may have its volumes at the same time."""
+        return self.settings.get('overlap', self.kind == 'handler')
+
+    def excludes(self, other: 'Spec') -> bool:
+        """True if no instance of this and none of the other may run at the same time: for the sake of a volume."""
+        shared = self.settings.get('volumes', {}).keys() & other.settings.get('volumes', {}).keys()
+        return bool(shared) and not (self.overlaps and other.overlaps)
+
     def to_json(self) -> str:
         return json.dumps(self._asdict(), indent=1) + '\n'
 

@@ -87,6 +87,11 @@ class Staging:
         self._layers.unpin(self._pinned)
         self._pinned = set()
 
+    @property
+    def tree(self) -> str:
+        """The unpacked folder of a function that is not an image."""
+        return os.path.join(self._work, 'tree')
+
     def receive(
         self, read: Callable[[int], bytes], length: int | None, is_wanted: Callable[[], bool] = lambda: True
     ) -> Spec:

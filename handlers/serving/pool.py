@@ -27,6 +27,7 @@ from handlers.serving.rollout import (
     Trials,
 )
 from handlers.serving.scaler import Scaler
+from handlers.serving.turns import TakesTurns
 
 __all__ = ['Pool', 'Revision', 'StartFailed', 'Surroundings']
 
@@ -59,7 +60,7 @@ class ForOtherThreads:
         instance.gone.result()
 
 
-class Pool(ForOtherThreads):
+class Pool(ForOtherThreads, TakesTurns):
     """The instances of one function. At most one serves; replaced ones finish what they hold."""
 
     def __init__(
@@ -78,6 +79,7 @@ class Pool(ForOtherThreads):
         self._serving: Instance | None = None
         self._starting: Instance | None = None  # an instance of the live revision that serves as soon as it is ready
         self._trials = Trials(around)
+        self._in_line: set[Instance] = set()  # that wait for the volumes of another
         self._rollout: Rollout | None = None  # the last one that has cut over and drains
         self._waiting = Waiting()
         self._scaler = Scaler(self.idle_timeout_s, around.clock())
@@ -252,7 +254,10 @@ class Pool(ForOtherThreads):
         not come before it has answered.
         """
         if instance.state != InstanceState.STARTING or self._closed or not self._group:
+            self._in_line.discard(instance)
             return self._fail(instance, 'it is being shut down')
+        if not self._has_turn(instance):
+            return self.around.loop.later(ROLLOUT_POLL_S, self._try, instance)
         alone = not self._serving and self._starting in (None, instance)
         if alone and instance.must_answer:  # what waits is given to it when it has answered
             alone = not migrates()
@@ -277,7 +282,7 @@ class Pool(ForOtherThreads):
         """Start an instance if there is none and none is on its way, not before the delay after a crash is over."""
         if self._serving or self._starting or self._closed or self.revision is None:
             return
-        if self._trials.at_current_listener():
+        if self._trials.at_current_listener() or self._in_line:
             return
         now = self.around.clock()
         if not self._scaler.wanted(now, 0, waiting=True):

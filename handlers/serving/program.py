@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import ipaddress
 import os
 import socket
 from collections.abc import Iterable
@@ -27,6 +28,8 @@ IPV6_OPTIONS = {  # a program → what makes it listen on IPv6
     'hypercorn': '--bind [::]:80 does',
     'nginx': 'listen [::]:80; does',
 }
+NOT_HTTP = {21, 22, 25, 53, 110, 143, 465, 587, 993, 995, 1883, 3306, 5432, 5672, 6379, 9092, 11211, 27017}
+LOG_S = 0.1  # how long the line about a request may take to its log
 SETTLE_S = 0.3  # how long one that is tried may take until it listens on IPv6 as well, or ends
 PROBE_TIMEOUT_S = 5  # for the whole of it
 UNSIGNALLED_MAX_S = 10  # how long a program may finish what it holds before it gets its stop signal
@@ -116,7 +119,7 @@ class Program(Instance):
         if self.must_answer and not self._answered:
             if not self._around.apart.call(self.pool.name, self._ask, where, within_s=MOST_S):
                 self.kill('keeps faasd waiting')
-        elif self.trial and self._family == socket.AF_INET:
+        elif self.trial and self._family == socket.AF_INET and where[1] not in NOT_HTTP:
             if not self._around.apart.call(self.pool.name, self._probe, where):
                 self.kill('keeps faasd waiting')
         else:
@@ -184,7 +187,15 @@ class Program(Instance):
         hint = ipv6_hint(self.revision.spec.args)
         if heard == b'':
             return self.kill(f'{text}, and closes the connections of IPv6 clients, of which all are', hint)
-        self.warning, self.hint = f'{text}: it works, but sees wrong client addresses', hint
+        self._around.loop.later(LOG_S, self._judge, where, text, hint)
+
+    def _judge(self, where, text, hint):
+        """Its log may show that it saw the address of the probe."""
+        if self.state != InstanceState.STARTING:
+            return
+        right = {self._around.gateway, ipaddress.ip_address(self._around.gateway).exploded}
+        if not any(address in line for line in self._pipe.tail() for address in right):
+            self.warning, self.hint = f'{text}: it works, but may see wrong client addresses', hint
         self._is_up(ServingMode.LISTENING, self._port(where[1]))
 
     def _not_up(self):
