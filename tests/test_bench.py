@@ -57,9 +57,8 @@ class Rows(unittest.TestCase):
             with self.subTest(name):
                 serves = name.startswith('go-')
                 names = {'go': self.SERVING, 'redeploy-requirements': self.BUILDS}
-                names = names.get('go' if serves else name, self.DEPLOYING)
-                if name.startswith('egress-'):
-                    names = row['samples']
+                of_egress = row['samples'] if name.startswith('egress-') else self.DEPLOYING
+                names = names.get('go' if serves else name, of_egress)
                 for what in names:
                     self.assertEqual(2 if names is self.BUILDS else 1, len(row['samples'][what]))
                     self.assertGreater(row['samples'][what][0], 0)
