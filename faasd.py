@@ -71,6 +71,7 @@ OWN_PORTS_HINT = 'let it listen on addresses of its own, not on [::]'
 PR_SET_CHILD_SUBREAPER = 36
 OOM_SCORE_ADJ = -500  # of faasd, CoreDNS and wireguard-go, as Docker's; bundle.py has that of instances
 DISK_LOOK_S = 10
+FOREIGN_LOOK_S = 10  # how often the firewalls of others are looked at: programs are run for that
 COPY_LOOK_S = 600
 THREADS_LOOK_S = 1  # how often the main thread looks whether the others live
 
@@ -244,6 +245,7 @@ class Daemon:
         self._undo.callback(self._unless_left, self.firewall.remove)
         self.egress.begin()
         self._undo.callback(self._unless_left, self.egress.remove)
+        self._undo.callback(self._unless_left, self.egress.foreign.close)
 
     def _load_guard(self) -> None:
         settings = self._settings
@@ -384,6 +386,7 @@ class Daemon:
             Check('rules', repairs.table, CLOSELY_S, rules, self.egress.is_others),
             Check('egress', self.egress.heal, CLOSELY_S, egress_rules, self.egress.is_others),
             Check('names', self.egress.refresh),
+            Check('firewalls', self.egress.look_at_foreign, FOREIGN_LOOK_S),
             Check('guard', self.guard.heal),
             Check('injector', self.injector.check),
             Check('apart', self.apart.check),

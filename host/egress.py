@@ -14,6 +14,7 @@ from host import egress_rules, process, rtnetlink, sock_diag
 from host.egress_names import KEPT_S, Names
 from host.egress_rules import Place, Target
 from host.errors import FaasError
+from host.foreign_firewalls import ForeignFirewalls
 from host.maker import Maker
 
 NETWORK6 = ipaddress.ip_network('fd00:faa5:0:200::/64')
@@ -64,6 +65,7 @@ class Egress:
         self._warned: set[tuple[str, int]] = set()
         self._local: list = []
         self._forwarding = self._loaded = False
+        self.foreign = ForeignFirewalls(emit)
         self._changes = 0  # of the table, by us
 
     # For containers
@@ -76,6 +78,7 @@ class Egress:
         """
         targets = tuple(map(egress_rules.parse, texts))
         self._names.need({target.what for target in targets if target.kind == 'name'}, FIRST_LOOKUP_S)
+        self.foreign.open()
         with contextlib.ExitStack() as undo:
             with self._lock:
                 if not self._loaded:
@@ -252,6 +255,10 @@ class Egress:
             if whole:
                 return True
         raise EgressError('the nftables table of egress was changed by somebody: it is loaded again')
+
+    def look_at_foreign(self) -> bool:
+        """Keep our veths open in the firewalls of others while an instance has one. Raises Shut."""
+        return self.foreign.look(bool(self._links))
 
     def is_others(self, message: bytes) -> bool:
         """True if the message of NETLINK_NETFILTER tells of what faasd did not do for an instance."""

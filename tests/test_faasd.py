@@ -160,7 +160,8 @@ class OneServer(unittest.TestCase):
         lab.wait_until(lambda: self.server.api('GET', '/api/logs/chatty').body == b'started\n', 5, 'the log')
 
     def test_the_log_is_bounded(self):
-        loud = 'import sys\nsys.stdout.write("".join(f"{n:01023}\\n" for n in range(6000)))\n' + serving.HELLO % serving.answer('x')
+        loud = 'import sys\nsys.stdout.write("".join(f"{n:01023}\\n" for n in range(6000)))\n'
+        loud += serving.HELLO % serving.answer('x')
         self.deploy('loud', {'handler.py': loud})
         folder = next(self.host.path('/var/lib/faasd/functions').glob('*/log.1')).parent
         sizes = lambda: sum(file.stat().st_size for file in folder.glob('log*'))  # noqa: E731
