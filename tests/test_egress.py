@@ -199,6 +199,16 @@ class Reach(World):
         lab.wait_until(lambda: self.fetch('named', '10.9.9.9') == '192.168.1.1', 20, 'both tables')
         lab.wait_until(lambda: self.fetch('named', '192.168.1.2') in NOTHING, 20, 'both tables')
 
+    def test_one_without_egress_that_tries_is_told(self):
+        self.run_in('none', 'import urllib.request; urllib.request.urlopen("http://203.0.113.5/")\nprint(1)')
+        self.run_in('none', 'import sys; print("[Errno 101] Network is unreachable", file=sys.stderr)')
+        told = '[faasd] none may reach nothing: faas config none --set egress=internet'
+        lab.wait_until(lambda: told in self.server.api('GET', '/api/logs/none').body.decode(), 5, told)
+        starts = 'import urllib.request\nurllib.request.urlopen("http://203.0.113.5/")\n'
+        reply = self.server.deploy('starts', {'handler.py': starts})
+        self.assertEqual(422, reply.status)
+        self.assertIn('such as --egress internet', reply.json['hint'])
+
     def test_who_asks_is_told(self):
         told = self.deploy('tells', {'handler.py': TELLS})
         address = self.fetch('local', f'[{told}]')

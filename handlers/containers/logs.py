@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import os
+import re
 import select
 import threading
 import time
@@ -11,6 +12,11 @@ LOG_LIMIT = 1 << 20  # bytes of a log file, unless the function asks for another
 TAIL_LINES = 20
 LINE_LIMIT = 4096
 REPEATS, MOST_UNTOLD = 3, 100_000  # of one line: more are counted, and told at the latest after so many
+# What programs print that have no network: of libc, Go, Node, Java, musl.
+UNREACHABLE = re.compile(
+    rb'[Nn]etwork is unreachable|ENETUNREACH|Name or service not known|Temporary failure in name resolution'
+    rb'|no such host|ENOTFOUND|EAI_AGAIN|UnknownHostException|Name does not resolve'
+)
 COPY_PERIOD_S = 0.01  # between two turns of the copier: in each a function gets at most one pipe copied
 
 
@@ -42,8 +48,12 @@ class Log:
 class LogPipe:
     """The pipe from one instance's stdout and stderr to a Log."""
 
-    def __init__(self, log: Log, reader: int | None = None) -> None:
-        """A new pipe, or the one whose reading end is `reader` (consumed): a former faasd started that instance."""
+    def __init__(self, log: Log, reader: int | None = None, no_egress: str | None = None) -> None:
+        """A new pipe, or the one whose reading end is `reader` (consumed): a former faasd started that instance.
+
+        `no_egress` is a line for a function without egress that tries to reach something.
+        """
+        self._no_egress, self.tries_to_reach = no_egress, False
         self._log, self._lines, self._rest = log, collections.deque(maxlen=TAIL_LINES), b''
         self._last, self._count, self._untold = None, 0, 0  # the last line, and how often it was repeated
         self._ended = threading.Event()
@@ -75,6 +85,9 @@ class LogPipe:
         else:
             self._log.append(self._told() + data)
         self._rest = self._rest[-LINE_LIMIT:]
+        if self._no_egress and not self.tries_to_reach and UNREACHABLE.search(data):
+            self.tries_to_reach = True
+            self._log.append((b'' if data.endswith(b'\n') else b'\n') + f'[faasd] {self._no_egress}\n'.encode())
         return True
 
     def _folded(self, lines, begun):

@@ -237,7 +237,7 @@ class Instance:
         self._born = self._around.clock()
         try:
             with contextlib.ExitStack() as kept, contextlib.ExitStack() as lent:
-                self._pipe = LogPipe(self.pool.log)
+                self._pipe = LogPipe(self.pool.log, no_egress=self._no_egress())
                 lent.callback(self._pipe.close_writer)
                 self._around.copier.add(self._pipe)
                 launched = self._start(kept, lent)
@@ -250,6 +250,12 @@ class Instance:
             self._around.loop.call(self._ended, reason)
         else:
             self._around.loop.call(self._launched, *launched)
+
+    def _no_egress(self):
+        """What to say if it tries to reach something, None if it may."""
+        name = self.pool.name
+        text = f'{name} may reach nothing: faas config {name} --set egress=internet, or functions, host:PORT, NAME:PORT'
+        return None if self.revision.spec.settings.get('egress') else text
 
     def _launched(self, container):
         self._container = container
@@ -318,6 +324,8 @@ class Instance:
     def _ended(self, reason):
         before = self.state
         self.become(InstanceState.DEAD)
+        if self._pipe and self._pipe.tries_to_reach and not self.hint:
+            self.hint = f'say what it may reach, such as --egress internet: {self.pool.name} may reach nothing'
         if not self.up.done():
             self.up.set_exception(StartFailed(reason, self._pipe.tail() if self._pipe else (), self.hint))
         try:
