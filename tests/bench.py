@@ -26,7 +26,7 @@ import tempfile
 import time
 from typing import NamedTuple
 
-from tests import bench_builds, bench_egress, images, lab, packages, serving
+from tests import bench_builds, bench_egress, bench_volumes, images, lab, packages, serving
 
 GATEWAY = 'fd00:faa5:0:100::1'
 STATE = '/var/lib/faasd'
@@ -317,8 +317,10 @@ class Bench:
         return self._image
 
     @contextlib.contextmanager
-    def faasd(self, on_disk=False):
+    def faasd(self, on_disk=False, in_folder=False):
         """(host, server); with its state on a new filesystem on the machine's disk if that is wanted, else in memory.
+
+        `in_folder`: in a folder of the machine's disk, without a filesystem of its own.
 
         New, because ext4 takes its time to make files where many were removed in the last minutes.
         """
@@ -333,6 +335,9 @@ class Bench:
                 host.run(['mkdir', '/bench'])
                 show(host, self.folder, '/bench')
                 host.run(['mount', '-o', 'loop,noinit_itable', '/bench/disk', STATE])  # it goes with the host
+            elif in_folder:
+                state = stack.enter_context(tempfile.TemporaryDirectory(dir=self.folder))
+                show(host, state, STATE)
             server = stack.enter_context(running(host))
             self.wireguard = 'wireguard-go' if server.printed('(wireguard-go)') else 'in the kernel'
             yield host, server
@@ -503,6 +508,7 @@ ROWS = {  # the row that is asked for: what else comes with it
     'go-new-connections': None,
     bench_builds.ROW: None,
     **dict.fromkeys(bench_egress.BOUNDS),
+    **dict.fromkeys(bench_volumes.BOUNDS),
 }
 
 
@@ -514,6 +520,8 @@ def measure(bench, wanted):
     if not wanted.isdisjoint(('go-keepalive', 'go-new-connections')):
         yield from serve_rows(bench, wanted)
     yield from bench_builds.rows(bench, wanted, check, compared)
+    if not wanted.isdisjoint(bench_volumes.BOUNDS):
+        yield from bench_volumes.rows(bench, wanted, check, compared)
     if not wanted.isdisjoint(bench_egress.BOUNDS):
         yield from bench_egress.rows(bench, wanted, check, compared, grouped)
 

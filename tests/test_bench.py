@@ -57,7 +57,7 @@ class Rows(unittest.TestCase):
             with self.subTest(name):
                 serves = name.startswith('go-')
                 names = {'go': self.SERVING, 'redeploy-requirements': self.BUILDS}
-                of_egress = row['samples'] if name.startswith('egress-') else self.DEPLOYING
+                of_egress = row['samples'] if name.startswith(('egress-', 'sqlite-')) else self.DEPLOYING
                 names = names.get('go' if serves else name, of_egress)
                 for what in names:
                     self.assertEqual(2 if names is self.BUILDS else 1, len(row['samples'][what]))
