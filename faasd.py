@@ -71,7 +71,7 @@ OWN_PORTS_HINT = 'let it listen on addresses of its own, not on [::]'
 PR_SET_CHILD_SUBREAPER = 36
 OOM_SCORE_ADJ = -500  # of faasd, CoreDNS and wireguard-go, as Docker's; bundle.py has that of instances
 DISK_LOOK_S = 10
-FOREIGN_LOOK_S = 10  # how often the firewalls of others are looked at: programs are run for that
+FOREIGN_LOOK_S = 5  # how often the firewalls of others are looked at: programs are run for that
 COPY_LOOK_S = 600
 THREADS_LOOK_S = 1  # how often the main thread looks whether the others live
 

@@ -114,7 +114,7 @@ def run(suite, strict=False):
     """Run these tests and print what came of them; the exit status."""
     gc.freeze()                                     # what is loaded needs no look after each test
     result = Runner(sys.stdout, verbosity=2, warnings='always').run(suite)
-    slowest = sorted(result.seconds.items(), key=lambda each: -each[1])[:5]
+    slowest = sorted(result.seconds.items(), key=lambda each: -each[1])[:20]
     print('\nslowest:', *(f'{seconds:7.2f} s  {name}' for name, seconds in slowest), sep='\n')
     reasons = collections.Counter(reason for _, reason in result.skipped)
     refused = unlisted(reasons) if strict else ()

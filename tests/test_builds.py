@@ -78,6 +78,7 @@ for place, port in [%s]:
 HANDLER = Spec('handler')
 
 
+@lab.not_in_check
 class Plans(unittest.TestCase):
     def setUp(self):
         self.tree = self.enterContext(tempfile.TemporaryDirectory())
@@ -145,6 +146,7 @@ class Plans(unittest.TestCase):
         self.assertEqual('/function/.faas/python/bin:/usr/bin', spec.effective({}).env['PATH'])
 
 
+@lab.not_in_check
 class Results(unittest.TestCase):
     def setUp(self):
         self.top = self.enterContext(tempfile.TemporaryDirectory())
