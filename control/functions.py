@@ -291,6 +291,7 @@ class Functions:
         answer = []
         for function in self._registry.functions():
             _, pool = self._open_now.get(function.id, (None, None))
+            instances = pool.instances if pool else ()
             if pool:
                 status, reason = pool.status()
             elif function.id in self._unopened:
@@ -307,6 +308,7 @@ class Functions:
                     'revision': function.revision,
                     'created': date(function.created),
                     'from': function.source,
+                    'egress': sorted(filter(None, (each.egress_address() for each in instances))),
                 }
             )
         return answer

@@ -98,6 +98,7 @@ class Egress:
             link = self._links[ident]
             self._write_hosts(link)
             undo.pop_all()
+        self._emit('egress', f'{function} is seen by others as {link.ipv6} and {link.ipv4}', name=function)
         self._warn(link)
         return link
 
@@ -128,10 +129,6 @@ class Egress:
         """The IPv6 address that others see the container by."""
         link = self._links.get(ident)
         return link.ipv6 if link else None
-
-    def function_at(self, address: str) -> str | None:
-        """The function whose instance has the address now."""
-        return next((link.function for link in self._links.values() if address in (link.ipv4, link.ipv6)), None)
 
     def _free_number(self):
         used = {link.number for link in self._links.values()}

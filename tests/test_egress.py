@@ -214,6 +214,8 @@ class Reach(World):
         address = self.fetch('local', f'[{told}]')
         shown = self.host.run([str(lab.REPO / 'faas'), 'describe', 'local']).stdout
         self.assertIn(address, shown)
+        self.assertIn(address, self.server.status_of('local')['egress'])
+        self.assertTrue(self.server.printed(f'local is seen by others as {address} and 198.18.0.'))
         self.assertRegex(address, '^fd00:faa5:0:200::')
 
 

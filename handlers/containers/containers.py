@@ -360,9 +360,12 @@ class Containers:
 
     def usage(self, container: 'Container') -> dict[str, float | str]:
         """What the container uses: see limits.usage(). `egress` is the address by which others see it."""
-        used = usage(self._cgroup.folders(container.ident))
-        address = self._egress and self._egress.address_of(container.ident)
+        used, address = usage(self._cgroup.folders(container.ident)), self.egress_address(container)
         return used | ({'egress': address} if address else {})
+
+    def egress_address(self, container: 'Container') -> str | None:
+        """The address by which others see the container, None without egress."""
+        return self._egress and self._egress.address_of(container.ident)
 
     def hits(self, ident: str) -> dict[str, int]:
         """How often the container came up against a limit: see limits.hits()."""

@@ -174,6 +174,11 @@ class Instance:
         container = self._container
         return self._around.containers.usage(container) if container else None
 
+    def egress_address(self) -> str | None:
+        """The address by which others see it, None without egress. From any thread."""
+        container = self._container
+        return self._around.containers.egress_address(container) if container else None
+
     def hits(self) -> dict[str, int]:
         """How often it came up against a limit (see limits.hits). From any thread."""
         container = self._container
