@@ -1,6 +1,7 @@
 """Docker, ufw and others drop what ours lets through: our veths are opened there for as long as they are needed."""
 
 import json
+import subprocess
 import unittest
 import urllib.parse
 
@@ -86,6 +87,27 @@ class Opened(unittest.TestCase):
             self.host.sh('ufw reload')
             lab.wait_until(lambda: self.reaches(ipv6), 30, 'the rules that were flushed')
         self.assertNotIn('faas-', self.host.sh('iptables -S; ip6tables -S'))
+
+    def test_firewalld(self):
+        packages.put(self.host, 'dbus-daemon', 'firewalld')
+        actions = '/usr/share/polkit-1/actions/org.fedoraproject.FirewallD1'
+        self.host.sh(
+            f'mkdir -p /run/dbus; ln -sf {actions}.server.policy.choice {actions}.policy; '
+            'grep -q ^messagebus: /etc/passwd || echo messagebus:x:4713:4713::/:/bin/false >>/etc/passwd'
+        )
+        quiet = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
+        self.host.popen(['dbus-daemon', '--system', '--nofork', '--nopidfile'], **quiet)
+        lab.wait_until(self.host.path('/run/dbus/system_bus_socket').exists, 10, 'dbus')
+        self.host.popen(['/usr/bin/python3', '/usr/sbin/firewalld', '--nofork', '--nopid'], **quiet)
+        state = ['firewall-cmd', '--state']
+        lab.wait_until(lambda: self.host.run(state, ok=None).returncode == 0, 30, 'firewalld')
+        with serving.standalone(self.host) as server:
+            ipv6 = self.deploy(server)
+            self.assertTrue(self.reaches(ipv6))
+            self.assertTrue(server.printed('firewalld drops what functions send'))
+            self.host.run(['firewall-cmd', '--reload'])
+            lab.wait_until(lambda: self.reaches(ipv6), 30, 'the zone after a reload')
+        self.assertNotIn('faas-', self.host.sh('nft list ruleset'))
 
     def test_what_is_not_known_is_told(self):
         chain = 'type filter hook forward priority 5; policy drop;'
