@@ -60,6 +60,18 @@ COREFILE_FORWARD = """
 }}
 """
 
+COREFILE_REVERSE = """
+# Whose an address is that others see an instance by
+{blocks} {{
+    bind {server}
+    hosts {hosts_file} {zones} {{
+        ttl 5
+        reload 2s
+    }}
+    errors
+}}
+"""
+
 TYPE_NS, TYPE_AAAA, CLASS_IN = 2, 28, 1
 
 
@@ -81,6 +93,8 @@ class DNSZoneManager:
     ) -> None:
         self.zone_file, self.corefile, self.server, self.zone_server = zone_file, corefile, server, zone_server
         self.folders = [os.path.dirname(zone_file), os.path.dirname(corefile)]  # a killed write may leave a file there
+        self.hosts_file = os.path.join(os.path.dirname(zone_file), 'instances.hosts')
+        self.reverse, self._functions = False, {}  # whether instances have names, and which
         self._next_serial, self._emit = next_serial, emit
         self._records: dict[str, str] = {}
         self._current: tuple[Signature, dict[str, str]] | None = None  # a zone file that is right, and its records
@@ -144,17 +158,36 @@ class DNSZoneManager:
 
     # CoreDNS
 
-    def write_corefile(self, forwarders: Sequence[str]) -> None:
+    def name_instances(self, functions: Mapping[str, str]) -> None:
+        """Have CoreDNS answer for {address of an instance: function} (RFC 1035 3.5). Raises OSError.
+
+        The next write_corefile() makes it do so. CoreDNS looks at the file every two seconds.
+        """
+        if functions != self._functions:
+            self.reverse |= bool(functions)
+            lines = [f'{address} {name}.faas\n' for address, name in sorted(functions.items())]
+            files.write_file(self.hosts_file, ''.join(lines))
+            self._functions = dict(functions)
+
+    def write_corefile(self, forwarders: Sequence[str], networks: Sequence[str] = ()) -> None:
         """Write the Corefile, unless it is so already or a person made it theirs.
 
-        Without forwarders every other zone is REFUSED. To be called every few seconds: a file that was changed, cut or
-        deleted is written again. Raises OSError.
+        `networks` are those of instances. Without forwarders every other zone is REFUSED. To be called every few
+        seconds: a file that was changed, cut or deleted is written again. Raises OSError.
         """
         text = COREFILE_HEAD + COREFILE.format(
             server=self.server, zone_server=self.zone_server, zone_file=self.zone_file
         )
         if forwarders:
             text += COREFILE_FORWARD.format(server=self.server, forwarders=' '.join(forwarders))
+        if self.reverse and networks:
+            zones = [reverse_zone(network) for network in networks]
+            text += COREFILE_REVERSE.format(
+                blocks=' '.join(f'{zone}:53' for zone in zones),
+                server=self.server,
+                hosts_file=self.hosts_file,
+                zones=' '.join(['faas', *zones]),
+            )
         try:
             with open(self.corefile, encoding='utf-8', errors='replace') as file:
                 found = file.read()
@@ -176,6 +209,16 @@ class DNSZoneManager:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.02)
+
+
+def reverse_zone(network: str) -> str:
+    """'18.198.in-addr.arpa' for '198.18.0.0/16' (RFC 1035 3.5), the same for IPv6 (RFC 3596 2.5).
+
+    The zone is that of the whole octets or nibbles of the prefix.
+    """
+    of = ipaddress.ip_network(network)
+    labels = of.network_address.reverse_pointer.split('.')
+    return '.'.join(labels[-2 - of.prefixlen // (8 if of.version == 4 else 4) :])
 
 
 def query(

@@ -406,7 +406,7 @@ class Daemon:
             Check('zone', self.zone.sync_if_stale),
             Check('peer files', self.peers.projection.heal, CLOSELY_S),
             Check('zone file', self.zone.heal, CLOSELY_S),
-            Check('corefile', lambda: self.dns.write_corefile(self._forwarders), CLOSELY_S),
+            Check('corefile', self._write_corefile, CLOSELY_S),
             Check('removals', self.peers.write_removals, CLOSELY_S),
             Check('refusals', self.refusals.tell, Refusals.PERIOD_S),
         ]
@@ -414,6 +414,10 @@ class Daemon:
         self.monitor.start()
         self._threads.append(self.monitor.thread)
         self._undo.callback(self.monitor.stop)
+
+    def _write_corefile(self) -> None:
+        self.dns.name_instances(self.egress.functions())
+        self.dns.write_corefile(self._forwarders, self.egress.networks)
 
     def dead_thread(self) -> str | None:
         """The name of a thread that has ended and should not have, or None."""

@@ -130,6 +130,15 @@ class Egress:
         link = self._links.get(ident)
         return link.ipv6 if link else None
 
+    @property
+    def networks(self) -> list[str]:
+        """Where the addresses of instances are from."""
+        return [str(NETWORK6), str(self._network4)]
+
+    def functions(self) -> dict[str, str]:
+        """{address: function} of the instances."""
+        return {address: link.function for link in list(self._links.values()) for address in (link.ipv4, link.ipv6)}
+
     def _free_number(self):
         used = {link.number for link in self._links.values()}
         last = min(LAST, self._network4.num_addresses - 2)

@@ -215,6 +215,8 @@ class Reach(World):
         shown = self.host.run([str(lab.REPO / 'faas'), 'describe', 'local']).stdout
         self.assertIn(address, shown)
         self.assertIn(address, self.server.status_of('local')['egress'])
+        dig = ['dig', '+short', '-x', address, '@fd00:faa5:0:100::1']
+        lab.wait_until(lambda: self.host.run(dig, ok=None).stdout == 'local.faas.\n', 20, 'the name of the address')
         self.assertTrue(self.server.printed(f'local is seen by others as {address} and 198.18.0.'))
         self.assertRegex(address, '^fd00:faa5:0:200::')
 
