@@ -23,7 +23,7 @@ SERVER = ('203.0.113.10/24', '2001:db8::10/64')
 LAPTOP = ('203.0.113.20/24', '2001:db8::20/64')
 CLONE_NEWPID = 0x20000000
 CLOSE_TIMEOUT_S = 30
-YOUNG_S = 10                                        # a process has joined an older cgroup, or never will
+YOUNG_S = 0.5                                       # a process has joined an older cgroup, or never will
 
 # PID 1 of a host. $1 its name, $2 a folder to build on, then the folders that an overlay of / does not show.
 # /sys is not mounted afresh: that would hide the cgroups, and runc needs them. An ignored SIGCHLD survives
@@ -295,8 +295,9 @@ def remove_cgroups(run, others):
         remove_tree(each)
     for each in faas_cgroups() - others:
         with contextlib.suppress(OSError):
-            if 'listeners' not in each or time.time() - os.stat(each).st_mtime > YOUNG_S:
-                os.rmdir(each)
+            if 'listeners' in each:
+                time.sleep(max(0, YOUNG_S - (time.time() - os.stat(each).st_mtime)))
+            os.rmdir(each)
 
 
 def remove_tree(cgroup):
