@@ -10,6 +10,7 @@ import shutil
 import tarfile
 import unittest
 
+from handlers.images.archive import asked_path
 from host import process
 from tests import images, inside
 from tests.staged import BASE, HANDLER, RUN, Staged, StagedImages, archive, written
@@ -226,6 +227,23 @@ class Archives(StagedImages):
         foreign = json.dumps({'manifests': manifests[:1]}).encode()
         self.refuse(written({**nested, 'index.json': foreign}), f'for s390x, this server is {images.CPU}')
         self.refuse(written({**nested, 'index.json': b'{"manifests": []}'}), 'holds no image')
+
+
+class Healthchecks(unittest.TestCase):
+    def test_what_asks_its_own_server(self):
+        for text, path in (
+            ('curl -f http://localhost/ || exit 1', '/'),
+            ('curl --fail http://127.0.0.1:8080/health?full=1 || exit 1', '/health?full=1'),
+            ('wget --spider -q "http://[::1]:3000/ready"', '/ready'),
+            ("wget -q http://localhost:${PORT}/x'; exit 1", '/x'),
+            ('curl http://localhost', '/'),
+            ('curl https://localhost/', None),
+            ('curl http://example.com/', None),
+            ('pg_isready', None),
+            ('node check.js http://localhost/', None),
+        ):
+            with self.subTest(text):
+                self.assertEqual(path, asked_path(['/bin/sh', '-c', text]))
 
 
 class OtherTools(Staged):

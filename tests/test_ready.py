@@ -78,6 +78,25 @@ class Ready(unittest.TestCase):
         lab.wait_until(lambda: self.server.printed(told), 20, told)
         self.assertEqual('ok\n', self.server.get(ipv6, '/well'))
 
+    def busybox(self, check, more=''):
+        busybox = 'busybox', programs.static_busybox().read_bytes(), {'mode': 0o755}
+        script = f'mkdir -p /www; echo hi >/www/index.html; {more} exec /busybox httpd -f -p [::]:80 -h /www'
+        labels = {'faas.start_timeout': '3'}
+        config = {'Cmd': ['/busybox', 'sh', '-c', script], 'Healthcheck': {'Test': check}, 'Labels': labels}
+        return images.image([images.layer(busybox, ('bin/sh', '/busybox'), ('tmp/', None))], config)
+
+    def test_a_healthcheck_that_asks_its_own_port(self):
+        """Inside, nothing listens there: faasd asks in its place, or does not look at it."""
+        slow = '(sleep 0.7; echo ok >/www/well) &'
+        check = ['CMD-SHELL', 'wget -q -O - http://localhost:80/well || exit 1']
+        reply = self.server.deploy('wgets', self.busybox(check, slow))
+        self.assertEqual((200, None), (reply.status, reply.json.get('warning')), reply.body)
+        self.assertEqual('ok\n', self.server.get(reply.json['ipv6'], '/well'))
+        reply = self.server.deploy('dials', self.busybox(['CMD', '/busybox', 'nc', '-z', '127.0.0.1', '80']))
+        self.assertEqual(200, reply.status, reply.body)
+        self.assertIn('its HEALTHCHECK does not pass (exit code 1), and is not looked at', reply.json['warning'])
+        self.assertEqual('hi\n', self.server.get(reply.json['ipv6'], '/'))
+
 
 if __name__ == '__main__':
     unittest.main()

@@ -15,7 +15,7 @@ from handlers.containers import volumes
 from handlers.images.spec import Spec
 from handlers.images.wants import BadWant
 from host import volume_image
-from tests import images, lab, programs, serving
+from tests import images, lab, packages, programs, serving
 
 TAKEN = volumes.TAKEN + volumes.TAKEN_BY_FOLDERS
 
@@ -348,10 +348,12 @@ class Kept(unittest.TestCase):
         self.assertEqual('33 33 750\n33 33 640\n', said)
 
     def test_postgresql(self):
-        found = sorted(pathlib.Path('/usr/lib/postgresql').glob('*/bin/initdb'))
+        within, found = '', sorted(pathlib.Path('/usr/lib/postgresql').glob('*/bin/initdb'))
         if not found:
-            self.skipTest('there is no PostgreSQL here')
-        top = found[-1].parent.parent
+            within = programs.unpacked('postgresql-15')
+            found = sorted(within.glob('usr/lib/postgresql/*/bin/initdb'))
+            packages.put(self.host, 'postgresql-15')
+        top = pathlib.Path('/', found[-1].parent.parent.relative_to(within or '/'))
         share, lists = f'/usr/share/postgresql/{top.name}', ('bitcode', 'llvmjit.so', 'pgxs')
         start = (
             'set -e\n[ -s /var/lib/db/PG_VERSION ] || {\n'
@@ -359,8 +361,10 @@ class Kept(unittest.TestCase):
             'echo "host all all all trust" >>/var/lib/db/pg_hba.conf\n}\n'
             'exec postgres -D /var/lib/db -c listen_addresses=* -c unix_socket_directories=/tmp\n'
         )
-        files = programs.Files().accounts().tree(f'{top}/lib', without=lists).tree(share, without=('man', 'contrib'))
-        files.program(f'{top}/bin/initdb').program(f'{top}/bin/postgres').program('/bin/sh').put('/start', start)
+        files = programs.Files().accounts().tree(f'{within}{top}/lib', f'{top}/lib', without=lists)
+        files.tree(f'{within}{share}', share, without=('man', 'contrib')).put('/start', start).program('/bin/sh')
+        for name in ('initdb', 'postgres'):
+            files.program(f'{top}/bin/{name}', within=within)
         files.copy('/usr/share/zoneinfo/UTC').put('/etc/passwd', 'pg:x:70:70::/:/bin/sh\n')
         config = {
             'Cmd': ['/bin/sh', '/start'],

@@ -1,6 +1,7 @@
 """The OCI configuration of an instance (config.md of the OCI runtime specification, 1.0.2)."""
 
 import os
+import re
 import resource
 from typing import NamedTuple
 
@@ -152,7 +153,7 @@ class Configurations(NamedTuple):
             environment.append(f'PORT={port}')
         if spec.kind == 'command':  # a Procfile is written for a shell
             words = config['process']['args']
-            config['process']['args'] = [word.replace('${PORT}', port).replace('$PORT', port) for word in words]
+            config['process']['args'] = [re.sub(r'\$PORT\b|\$\{PORT\}', port, word) for word in words]
         config['mounts'] += [
             host('/run/faas', os.path.join(bundle, 'control')),
             # A JVM and others read their limits here. Without it they plan with the memory of the host.

@@ -28,6 +28,7 @@ from host.errors import EXPECTED, FaasError
 
 ID_SLOTS = 4096
 OUT_OF_MEMORY = 'ran out of memory'  # how the reason of such an end begins
+AT_LIMIT = ', after it came up against its'
 NOTIFIER = 'notify.sock'  # where the OCI runtime brings the descriptor that asks for each listen()
 LEFTOVERS_END_S = 10  # how long killed containers of a former run may take to end
 
@@ -321,8 +322,11 @@ class Containers:
         code = container.reap()
         signals = {128 + number: number.name for number in signal.Signals}
         reason = f'ended by {signals[code]}' if code in signals else f'ended with exit code {code}'
-        if code in (137, 143) and self.hits(container.ident)['memory']:
+        found = self.hits(container.ident)
+        if code in (137, 143) and found['memory']:
             reason = f'ran out of memory (the limit is {container.memory >> 20} MiB)'
+        elif any(found.values()):
+            reason += f'{AT_LIMIT} {" and ".join(key for key in found if found[key])}'
         if self._egress:
             self._egress.detach(container.ident)
         self._delete(container.ident)

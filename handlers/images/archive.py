@@ -269,6 +269,9 @@ def image_spec(config: dict, layers: list[str]) -> dict:
         settings = wants.from_labels(labels)
     except wants.BadWant as error:
         raise ImageError(str(error), error.hint) from error
+    check = healthcheck(of(inner.get('Healthcheck') or {}, dict, "the config's Healthcheck"))
+    if check and (asked := asked_path(check['args'])):
+        check, settings = None, {'ready': asked} | settings
     return {
         'kind': 'image',
         'args': args,
@@ -280,7 +283,7 @@ def image_spec(config: dict, layers: list[str]) -> dict:
         'layers': layers,
         'settings': settings,
         'volumes': volumes,
-        'healthcheck': healthcheck(of(inner.get('Healthcheck') or {}, dict, "the config's Healthcheck")),
+        'healthcheck': check,
         'warnings': warnings,
     }
 
@@ -317,6 +320,19 @@ def healthcheck(said: dict) -> dict | None:
         'timeout_s': number('Timeout', 30, 1e9, 1, 3600),
         'retries': int(number('Retries', 3, 1, 1, 1000)),
     }
+
+
+def asked_path(args: list[str]) -> str | None:
+    """The path that a HEALTHCHECK asks its own server for by curl or wget, None if it does something else.
+
+    faasd asks for it: inside, nothing listens at that port, for the listener is of the host's network.
+    """
+    text = ' '.join(args)
+    host = r'(?:localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1?\])'
+    found = re.search(rf'http://{host}(?::(?:[0-9]+|\$\{{?[A-Z_]+\}}?))?(/[!#%-&(-:=?-Z_a-z~+]*)?', text)
+    if not found or not re.search(r'\b(curl|wget)\b', text) or len(found[1] or '') > 1000:
+        return None
+    return found[1] or '/'
 
 
 def text_of(config: dict, key: str) -> str:

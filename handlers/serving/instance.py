@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from handlers.containers import protocol
-from handlers.containers.containers import OUT_OF_MEMORY, Container, ContainerError
+from handlers.containers.containers import AT_LIMIT, OUT_OF_MEMORY, Container, ContainerError
 from handlers.containers.logs import LogPipe
 from handlers.serving.injection import Inside
 from host.errors import FaasError
@@ -317,6 +317,10 @@ class Instance:
         """In a worker thread: what waits for runc and for the last output."""
         try:
             reason = self._around.containers.remove(container)
+            _, at_limit, names = reason.partition(AT_LIMIT)
+            if at_limit:
+                self._reason = self._reason and f'{self._reason}{at_limit}{names}'
+                self.hint = f"raise it by 'faas config {self.pool.name} --set', or --memory and --pids of 'faas new'"
             if reason.startswith(OUT_OF_MEMORY):
                 self.hint = f'raise it: faas config {self.pool.name} --set memory={2 * container.memory >> 20}M'
         except Exception as error:  # its end must be seen, whatever remains of it

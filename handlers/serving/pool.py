@@ -74,6 +74,7 @@ class Pool(ForOtherThreads, TakesTurns):
         self.limit_reason: str | None = None  # which limit an instance of the live revision came up against
         self.instances = InstanceSet(lambda folder: around.workers.submit(around.forget, folder))
         self._make = make
+        self._unchecked: str | None = None  # the folder of the last such revision
         self._group: ListenerGroup | None = None
         self._set_accepting: Callable[[bool], None] = lambda accepting: None
         self._serving: Instance | None = None
@@ -91,6 +92,14 @@ class Pool(ForOtherThreads, TakesTurns):
         """After which time without connections its instance is stopped; 0: never."""
         asked = self.revision.spec.settings.get('idle') if self.revision else None
         return self.around.idle_timeout_s if asked is None else asked
+
+    def uncheck(self, revision: Revision) -> None:
+        """The HEALTHCHECK of the revision does not pass where it does its work."""
+        self._unchecked = revision.folder
+
+    def is_unchecked(self, revision: Revision) -> bool:
+        """True if the HEALTHCHECK of the revision is not looked at."""
+        return revision.folder == self._unchecked
 
     def status(self) -> tuple[str, str | None]:
         """(status, reason or None) as the API says it."""

@@ -59,6 +59,7 @@ class Program(Instance):
         self._asking = collections.deque()  # connections to /control.sock that wait for a descriptor
         self._inside = []  # where it listens, and that does not count
         self._healthcheck: Healthcheck | None = None
+        self._where = None  # where it listens, once it does
         self._answered, self._said = False, None  # whether it is ready, else what it answered
         self._handed, self._signalled, self._deadline = False, None, float('inf')
         self._patience_s = 0.0  # how long it has after the signal before it may be killed
@@ -114,8 +115,9 @@ class Program(Instance):
 
     def _settled(self, where):
         """It has not ended just after it began to listen, and what it listens on may have become better."""
-        if self.state != InstanceState.STARTING:
+        if self.state != InstanceState.STARTING or not self._container:
             return
+        self._where = where
         if self.must_answer and not self._answered:
             if not self._around.apart.call(self.pool.name, self._ask, where, within_s=MOST_S):
                 self.kill('keeps faasd waiting')
@@ -127,25 +129,40 @@ class Program(Instance):
 
     def _is_up(self, mode, description):
         super()._is_up(mode, description)
-        if check := self.revision.spec.healthcheck:
-            self._healthcheck = Healthcheck(self._around, self.pool.name, self._container, check, self.kill)
+        check = self.revision.spec.healthcheck
+        if check and not self.pool.is_unchecked(self.revision):
+            self._healthcheck = Healthcheck(self._around, self.pool.name, self._container, check, self._fails)
 
-    def _exited(self):
-        if self._healthcheck:
-            self._healthcheck.end()
-        super()._exited()
+    def _fails(self, reason):
+        if self.state == InstanceState.READY:
+            self.kill(reason)
+
+    def _check_up(self):
+        """One that listens, and never passes its HEALTHCHECK, may be right: inside, nothing listens at its port."""
+        if self.state == InstanceState.STARTING and self.must_answer == 'HEALTHCHECK' and self._where:
+            said = self._said or 'no answer'
+            self.warning = f'its HEALTHCHECK does not pass ({said}), and is not looked at: it cannot reach its own port'
+            self.hint = 'let it ask by curl or wget for http://localhost/…, or say what to ask: ready = "/path"'
+            self.pool.uncheck(self.revision)
+            self._is_up(ServingMode.LISTENING, self._port(self._where[1]))
+        else:
+            super()._check_up()
 
     @property
     def must_answer(self) -> str | None:
         spec = self.revision.spec
-        return spec.settings.get('ready') or ('HEALTHCHECK' if spec.healthcheck else None)
+        checks = spec.healthcheck and not self.pool.is_unchecked(self.revision)
+        return spec.settings.get('ready') or ('HEALTHCHECK' if checks else None)
 
     def _ask(self, where):
         """In a thread of its own: does it answer as one that is ready does?"""
         said, container = 'no connection', self._container
+        if container is None:  # it has ended
+            return
         if self.must_answer == 'HEALTHCHECK':
-            said = container and checked(self._around, container, self.revision.spec.healthcheck)
-            return self._around.loop.call(self._asked_it, where, said)
+            said = checked(self._around, container, self.revision.spec.healthcheck)
+            self._around.loop.call(self._asked_it, where, said)
+            return
         with contextlib.suppress(OSError), self._client() as client:
             said = probe.readiness(client, self.pool.name, self.must_answer, PROBE_TIMEOUT_S)
         self._around.loop.call(self._asked_it, where, said)
@@ -312,6 +329,8 @@ class Program(Instance):
         return True
 
     def _exited(self):
+        if self._healthcheck:
+            self._healthcheck.end()
         self._forget_ways()
         super()._exited()
 
