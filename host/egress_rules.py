@@ -133,8 +133,9 @@ def chains(place: Place, link: str, ipv4: str, ipv6: str, targets: Iterable[Targ
     bound = [f'ip saddr != {ipv4} counter drop', f'ip6 saddr != {ipv6} counter drop']
     # What the kernel does not track is not masqueraded: it would leave with the instance's own address.
     known = ['ct state established,related meta mark set {mark} accept', 'ct state != new counter drop']
-    limit = f'ct state new ct count over {MOST_FLOWS} counter drop'
+    limit = f'jump {name}_flows'  # one rule for both chains, so that both count together
     lines = {
+        f'{name}_flows': [f'ct count over {MOST_FLOWS} counter drop'],
         f'{name}_forward': [*bound, *known, limit,
                             *(f'{each} meta mark set {{mark}} accept' for each in out)],
         f'{name}_input': [*bound, *known, limit,
@@ -144,7 +145,7 @@ def chains(place: Place, link: str, ipv4: str, ipv6: str, targets: Iterable[Targ
     end = 'counter reject with icmpx admin-prohibited'
     text = [f'table inet {place.table} {{', *sorted(sets)]
     for chain, rules in lines.items():
-        rules = [*rules, *([end] if not chain.endswith('_nat') else [])]
+        rules = [*rules, *([end] if chain.endswith(('_forward', '_input')) else [])]
         text += [f'chain {chain} {{', *(rule.replace('{mark}', f'{MARK:#x}') for rule in rules), '}']
     text.append('}')
     for kind, chain in (('forwarded', 'forward'), ('received', 'input'), ('translated', 'nat')):
@@ -159,6 +160,7 @@ def without(place: Place, link: str, targets: Iterable[Target]) -> str:
     for kind, chain in (('forwarded', 'forward'), ('received', 'input'), ('translated', 'nat')):
         text.append(f'delete element inet {place.table} {kind} {{ "{link}" }}')
         text.append(f'delete chain inet {place.table} {name}_{chain}')
+    text.append(f'delete chain inet {place.table} {name}_flows')
     ports = {target.port for target in targets if target.kind == 'name'}
     text += [f'delete set inet {place.table} {set_name(link, number, port)}' for port in ports for number in (4, 6)]
     return '\n'.join(text) + '\n'

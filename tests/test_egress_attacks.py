@@ -129,8 +129,19 @@ class Attacks(World):
             '    except OSError: pass\n'
             'print("done")'
         )
+        to_the_server = (
+            'import socket\n'
+            'for port in range(10000, 13000):\n'
+            '    try:\n'
+            '        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as s:\n'
+            '            s.bind(("::", port))\n'
+            '            s.sendto(b"x", ("fd00:faa5:0:100::1", 53))\n'
+            '    except OSError: pass\n'
+            'print("done")'
+        )
         before = int(self.host.sh('cat /proc/sys/net/netfilter/nf_conntrack_count'))
         self.assertEqual('done', self.run_in('inter', flood))
+        self.assertEqual('done', self.run_in('inter', to_the_server))
         tracked = int(self.host.sh('cat /proc/sys/net/netfilter/nf_conntrack_count')) - before
         self.assertTrue(1500 < tracked < 2300, tracked)
         self.assertEqual('plain', self.fetch('local', 'plain.faas'))
